@@ -1,0 +1,79 @@
+"""Registration of operators in the ``mom`` namespace: implementation, fake, autograd and autocast in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+NAMESPACE = "mom"
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def register_op(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    mutates_args: Sequence[str] = (),
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    autocast: Sequence[str] = (),
+) -> Any:
+    """Register ``mom::<name>`` and return its overload.
+
+    Args:
+        name: operator name without the namespace.
+        schema: argument and return part of the schema, such as ``(Tensor x, int n) -> Tensor``.
+        fake: shapes and dtypes of the results for given inputs; no data.
+        cpu: the PyTorch implementation.
+        triton: the Triton implementation; serves CUDA tensors, and CPU tensors under ``TRITON_INTERPRET=1``.
+            Without it ``cpu`` serves every device, so it must then be free of host reads.
+        mutates_args: names of arguments written in place.
+        backward, setup_context: as for :func:`torch.library.register_autograd`.
+        autocast: names of the arguments that ``torch.autocast`` casts; every other one keeps its dtype.
+    """
+    from ._triton import use_triton
+
+    def implementation(*args: Any) -> Any:
+        if triton is not None and use_triton(args):
+            return triton(*args)
+        return cpu(*args)
+
+    op = custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=tuple(mutates_args), schema=schema)
+    op.register_fake(fake)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if autocast:
+        _register_autocast(name, overload, autocast)
+    return overload
+
+
+_autocast_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _register_autocast(name: str, overload: Any, cast: Sequence[str]) -> None:
+    """Cast only the named arguments: torch's own register_autocast casts the decay, beta and the state as well."""
+    names = [argument.name for argument in overload._schema.arguments]
+    positions = [names.index(argument) for argument in cast]
+
+    for device in AUTOCAST_DEVICES:
+        key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device))
+
+        def kernel(_: Any, *args: Any, device: str = device, key: Any = key) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast_args = list(args)
+            for position in positions:
+                value = args[position] if position < len(args) else None
+                if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+                    cast_args[position] = value.to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return overload(*cast_args)
+
+        _autocast_library.impl(name, kernel, "Autocast" + torch._C._dispatch_key_for_device(device), with_keyset=True)

@@ -1,0 +1,27 @@
+"""Which tensors the Triton kernels serve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Triton reads the variable when a kernel is decorated, so it is read once here as well.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(args: Sequence[Any]) -> bool:
+    """True where the first tensor among ``args`` lies on a CUDA device, or anywhere under ``TRITON_INTERPRET=1``.
+
+    float64 always takes the PyTorch implementation: it exists for verification.
+    """
+    import torch
+
+    for value in args:
+        if isinstance(value, Tensor):
+            if any(isinstance(other, Tensor) and other.dtype == torch.float64 for other in args):
+                return False
+            return INTERPRET or value.is_cuda
+    return False
