@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ._triton import use_triton
+
 NAMESPACE = "mom"
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -38,7 +40,6 @@ def register_op(
         backward, setup_context: as for :func:`torch.library.register_autograd`.
         autocast: names of the arguments that ``torch.autocast`` casts; every other one keeps its dtype.
     """
-    from ._triton import use_triton
 
     def implementation(*args: Any) -> Any:
         if triton is not None and use_triton(args):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -25,3 +26,13 @@ def use_triton(args: Sequence[Any]) -> bool:
                 return False
             return INTERPRET or value.is_cuda
     return False
+
+
+class LazyLaunch:
+    """``<package>.launch``, imported at its first use: importing the operators must not need triton."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"{self._package}.launch"), name)

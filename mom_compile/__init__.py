@@ -1,0 +1,1 @@
+"""Mixture-of-Memories linear attention, compiler first."""

@@ -1,0 +1,130 @@
+"""The short convolution in PyTorch: shifted sums over all rows, then the first W-1 rows of each segment anew."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._layout import row_mask
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _heads(
+    x: Tensor, initial_state: Tensor | None, width: int, segment_start: Tensor, segment_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows whose window leaves their segment.
+
+    Returns ``rows [n]``, their windows ``[n, F, W]`` and, for each window position, its source ``[n, W]``: a row of x, or ``-1 - (segment * (W-1) + position)`` of the initial state.
+    """
+    offset = torch.arange(width - 1)
+    segments = torch.arange(segment_start.shape[0]).unsqueeze(1)
+    keep = offset < segment_length.long().unsqueeze(1)
+    rows = (segment_start.long().unsqueeze(1) + offset)[keep]
+    position = offset.expand_as(keep)[keep].unsqueeze(1) - (width - 1) + torch.arange(width)  # in the segment
+    segment = segments.expand_as(keep)[keep].unsqueeze(1)
+    start = segment_start.long()[segment]
+    source = torch.where(position >= 0, start + position, -1 - (segment * (width - 1) + width - 1 + position))
+    return rows, _take(x, initial_state, source, width), source
+
+
+def _take(x: Tensor, initial_state: Tensor | None, source: Tensor, width: int) -> Tensor:
+    """Gather ``[..., ]`` sources as ``[n, F, w]``."""
+    values = x[source.clamp(min=0)] if x.shape[0] else x.new_zeros(*source.shape, x.shape[1])
+    inside = (source >= 0).unsqueeze(-1)
+    if initial_state is None:
+        return torch.where(inside, values, 0).transpose(1, 2)
+    history = initial_state.transpose(1, 2).reshape(-1, x.shape[1]).to(x.dtype)
+    return torch.where(inside, values, history[(-1 - source).clamp(min=0)]).transpose(1, 2)
+
+
+def _final_source(width: int, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+    position = segment_length.long().unsqueeze(1) - (width - 1) + torch.arange(width - 1)
+    segment = torch.arange(segment_start.shape[0]).unsqueeze(1)
+    history = -1 - (segment * (width - 1) + width - 1 + position)
+    return torch.where(position >= 0, segment_start.long().unsqueeze(1) + position, history)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, initial_state: Tensor | None, segment_start: Tensor, segment_length: Tensor
+) -> Tensor:
+    """The convolution before its activation; pad rows hold anything."""
+    width = weight.shape[1]
+    y = x * weight[:, -1]
+    for shift in range(1, width):
+        y[shift:].addcmul_(x[: x.shape[0] - shift], weight[:, width - 1 - shift])
+    rows, window, _ = _heads(x, initial_state, width, segment_start, segment_length)
+    y[rows] = (window * weight).sum(-1)
+    return y
+
+
+def short_conv_fwd(
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    segment_start: Tensor,
+    segment_length: Tensor,
+    chunk_segment: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulate(x.dtype)
+    width = weight.shape[1]
+    value = x.to(dtype)
+    y = _linear(value, weight.to(dtype), initial_state, segment_start, segment_length)
+    if activation == "silu":
+        y = torch.nn.functional.silu(y, inplace=True)
+    y.masked_fill_(~row_mask(segment_start, segment_length, chunk_segment).unsqueeze(1), 0)
+    final_state = _take(value, initial_state, _final_source(width, segment_start, segment_length), width)
+    return y.to(x.dtype), final_state.to(x.dtype).contiguous()
+
+
+def short_conv_bwd(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    segment_start: Tensor,
+    segment_length: Tensor,
+    chunk_segment: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _accumulate(x.dtype)
+    width = weight.shape[1]
+    value, taps = x.to(dtype), weight.to(dtype)
+    dlinear = dy.to(dtype, copy=True)
+    if activation == "silu":
+        linear = _linear(value, taps, initial_state, segment_start, segment_length)
+        sigmoid = torch.sigmoid(linear)
+        dlinear *= sigmoid * (1 + linear * (1 - sigmoid))
+    dlinear.masked_fill_(~row_mask(segment_start, segment_length, chunk_segment).unsqueeze(1), 0)
+
+    # Rows whose window leaves the segment go tap by tap to their sources, all others by shifted sums.
+    rows, window, source = _heads(value, initial_state, width, segment_start, segment_length)
+    head = dlinear[rows]
+    dlinear[rows] = 0
+    dweight = (head.unsqueeze(-1) * window).sum(0)
+    dx = dlinear * taps[:, -1]
+    dweight[:, -1] += (dlinear * value).sum(0)
+    for shift in range(1, width):
+        dx[: dx.shape[0] - shift].addcmul_(dlinear[shift:], taps[:, width - 1 - shift])
+        dweight[:, width - 1 - shift] += (dlinear[shift:] * value[: value.shape[0] - shift]).sum(0)
+    dhistory = x.new_zeros(segment_start.shape[0] * (width - 1), x.shape[1], dtype=dtype)
+    _scatter(dx, dhistory, source, head.unsqueeze(-1) * taps)
+    if dfinal_state is not None:
+        _scatter(dx, dhistory, _final_source(width, segment_start, segment_length), dfinal_state.to(dtype))
+    if initial_state is None:
+        dinitial = x.new_empty(0)
+    else:
+        dinitial = dhistory.view(-1, width - 1, x.shape[1]).transpose(1, 2).to(initial_state.dtype).contiguous()
+    return dx.to(x.dtype), dweight.to(weight.dtype), dinitial
+
+
+def _scatter(dx: Tensor, dhistory: Tensor, source: Tensor, grad: Tensor) -> None:
+    """Add ``grad [n, F, w]`` to where its values were taken from."""
+    grad = grad.transpose(1, 2)
+    inside = source >= 0
+    dx.index_add_(0, source[inside], grad[inside])
+    dhistory.index_add_(0, -1 - source[~inside], grad[~inside])
