@@ -1,8 +1,8 @@
 """The memory rules: linear attention, RetNet, Mamba-2, DeltaNet and Gated DeltaNet, chunked and sequential.
 
-Every function here computes ``S_t = exp(g_t) S_{t-1} + k_t u_t^T`` and ``o_t = scale S_t^T q_t``, with ``u_t = v_t`` for
-the additive rules and ``u_t = beta_t (v_t - (exp(g_t) S_{t-1})^T k_t)`` for the delta rules. The chunked functions are for
-training and prefill, the sequential ones for decoding.
+Every function here computes ``S_t = exp(g_t) S_{t-1} + k_t u_t^T`` and ``o_t = scale S_t^T q_t``, with ``u_t = v_t``
+for the additive rules and ``u_t = beta_t (v_t - (exp(g_t) S_{t-1})^T k_t)`` for the delta rules. The chunked functions
+are for training and prefill, the sequential ones for decoding.
 """
 
 from __future__ import annotations

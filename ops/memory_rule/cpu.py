@@ -212,8 +212,8 @@ def chunk_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`chunk_fwd`; absent ones and absent saved tensors have shape [0].
 
-    With R = dw v_new^T the gradient of L is -tril(R, -1), so the inverse itself needs no gradient. As v_new_i = beta_i e_i
-    with e_i = v_i - exp(G_i) u_i - sum_j<i D_ij (k_i.k_j) v_new_j, dbeta_i = <dw_i, e_i>: no division by beta.
+    With R = dw v_new^T the gradient of L is -tril(R, -1), so the inverse itself needs no gradient. As v_new_i =
+    beta_i e_i with e_i = v_i - exp(G_i) u_i - sum_j<i D_ij (k_i.k_j) v_new_j, dbeta_i = <dw_i, e_i> needs no division.
     """
     rows, used = q.shape[0], _used_chunks(chunk_segment)
     groups = v.shape[1] // q.shape[1]

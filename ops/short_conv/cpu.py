@@ -17,7 +17,8 @@ def _heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rows whose window leaves their segment.
 
-    Returns ``rows [n]``, their windows ``[n, F, W]`` and, for each window position, its source ``[n, W]``: a row of x, or ``-1 - (segment * (W-1) + position)`` of the initial state.
+    Returns ``rows [n]``, their windows ``[n, F, W]`` and, for each window position, its source ``[n, W]``: a row of x,
+    or ``-1 - (segment * (W-1) + position)`` of the initial state.
     """
     offset = torch.arange(width - 1)
     segments = torch.arange(segment_start.shape[0]).unsqueeze(1)

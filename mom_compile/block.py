@@ -1,0 +1,53 @@
+"""One block: MoM attention and a SwiGLU MLP, each behind an RMSNorm and a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import MoMConfig
+from .mom_attention import Form, MoMAttention
+from .state import LayerState
+
+
+class SwiGLU(nn.Module):
+    """``down(SiLU(gate(x)) * up(x))``. Source: GLU variants (arXiv 2002.05202)."""
+
+    def __init__(self, config: MoMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        for projection in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.normal_(projection.weight, 0, config.initializer_range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[B, T, D]`` -> ``[B, T, D]``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoMBlock(nn.Module):
+    """``x + attn(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: MoMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = MoMAttention(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Mapping[str, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        router_indices: Tensor | None = None,
+        form: Form | None = None,
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
+        """As :meth:`MoMAttention.forward`."""
+        y, new_state, logits = self.attn(self.attn_norm(x), state, attention_mask, cu_seqlens, router_indices, form)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), new_state, logits

@@ -1,0 +1,125 @@
+"""The portable form: each memory's tokens compacted to the front of ``[B, M', T]`` (export, tiny sizes).
+
+Apart from ``mom::route``, ``mom::recurrent_<rule>`` and ``mom::gated_rms_norm``, which exporters decompose, plain aten
+operators with static shapes; no sort, no scatter with reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops import l2_norm
+from .ops.memory_rule import recurrent
+from .projections import retention_gate, route_and_gate
+from .state import LayerState
+
+if TYPE_CHECKING:
+    from .mom_attention import MoMAttention
+
+
+def forward(
+    layer: MoMAttention,
+    x: Tensor,
+    state: Mapping[str, Tensor] | None,
+    valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    router_indices: Tensor | None,
+) -> tuple[Tensor, LayerState, Tensor | None]:
+    """As :meth:`MoMAttention.forward` up to the output projection: o ``[B, T, HV, V]``, state, logits."""
+    config, rule = layer.config, layer.rule
+    batch, length, _ = x.shape
+    memories, heads, value_heads = config.total_memories, config.num_heads, config.value_heads
+    routing, gates = route_and_gate(layer, x, router_indices)
+    memory_ids = torch.arange(config.num_memories, device=x.device)
+    selected = (routing.indices.unsqueeze(-1) == memory_ids).any(2)  # [B, T, M]
+    indices = routing.indices
+    weights = routing.weights
+    if config.shared_mem:
+        selected = torch.cat([selected, torch.ones_like(selected[:, :, :1])], 2)
+        indices = torch.cat([indices, torch.full_like(indices[:, :, :1], config.num_memories)], 2)
+        weights = torch.cat([weights, torch.ones_like(weights[:, :, :1])], 2)
+    if valid is not None:
+        selected = selected & valid.unsqueeze(-1)
+
+    # rank: position of a token among those of its memory; source: the token at each position, slot T is trash.
+    selected = selected.transpose(1, 2)  # [B, M', T]
+    count = selected.to(torch.int64).cumsum(2)
+    rank = count - 1
+    position = torch.arange(length, device=x.device)
+    slot = torch.where(selected, rank, length)
+    source = torch.zeros(batch, memories, length + 1, dtype=torch.int64, device=x.device)
+    source = source.scatter(2, slot, position.expand(batch, memories, length))[:, :, :length]
+    total = count[:, :, -1:]  # [B, M', 1]
+    filled = position < total  # [B, M', T]
+
+    q = _compact(layer.q_proj(x).unsqueeze(2), source)
+    kv = F.linear(x, layer.kv_proj.flatten(0, 1)).unflatten(2, (layer.kv_proj.shape[0], -1))
+    kv = _compact(kv, source)
+    qkv = torch.cat([q, kv], 3) * filled.unsqueeze(-1).to(x.dtype)  # [B, M', T, C]
+    new_state: LayerState = {}
+    if config.use_short_conv:
+        qkv, new_state["conv_state"] = _convolve(layer, qkv, state, total)
+    qkv = F.silu(qkv) * filled.unsqueeze(-1).to(qkv.dtype)
+    q, k, v = qkv.split([layer.key_size, layer.key_size, layer.value_size], 3)
+    q, k = (l2_norm(part.unflatten(3, (heads, config.head_dim))) for part in (q, k))
+    v = v.unflatten(3, (value_heads, config.value_dim))
+
+    mask = filled.unsqueeze(-1).to(routing.weights.dtype)
+    g, beta, dt = (None if gate is None else _compact(gate, source) * mask for gate in gates)
+    name = rule.name
+    if rule.gate == "head":
+        # Empty slots must not decay, so the constant becomes a value per token.
+        g = retention_gate(value_heads, x.device) * mask
+        name = "mamba2"
+    if dt is not None:
+        v = v * dt.unsqueeze(-1).to(v.dtype)
+    recurrent_state = None if state is None else state["recurrent_state"].flatten(1, 2)
+    o, final_state = recurrent(
+        name, _merge(q), _merge(k), _merge(v), _merge(g), _merge(beta), layer.scale, recurrent_state
+    )
+    new_state["recurrent_state"] = final_state.unflatten(1, (memories, value_heads))
+
+    # Back to the tokens: choice j of token t reads slot rank[t] of its memory.
+    o = o.unflatten(2, (memories, value_heads)).transpose(1, 2).flatten(3)  # [B, M', T, HV * V]
+    flat = o.flatten(1, 2)
+    back = indices * length + rank.transpose(1, 2).gather(2, indices).clamp(min=0)  # [B, T, k']
+    rows = flat.gather(1, back.flatten(1).unsqueeze(-1).expand(batch, back.shape[1] * back.shape[2], flat.shape[2]))
+    rows = rows.unflatten(1, (length, back.shape[2]))
+    if valid is not None:
+        weights = weights * valid.unsqueeze(-1).to(weights.dtype)
+    o = (rows * weights.unsqueeze(-1).to(rows.dtype)).sum(2)
+    return o.unflatten(2, (value_heads, config.value_dim)), new_state, routing.logits
+
+
+def _compact(x: Tensor, source: Tensor) -> Tensor:
+    """``[B, T, G, n]`` -> ``[B, M', T, n]`` by the source token of each slot; G = 1 serves every memory."""
+    memories = source.shape[1]
+    x = x.transpose(1, 2).expand(x.shape[0], memories, x.shape[1], x.shape[3])
+    return x.gather(2, source.unsqueeze(-1).expand(*source.shape, x.shape[3]))
+
+
+def _merge(x: Tensor | None) -> Tensor | None:
+    """``[B, M', T, h, ...]`` -> ``[B, T, M' * h, ...]``."""
+    return None if x is None else x.transpose(1, 2).flatten(2, 3)
+
+
+def _convolve(
+    layer: MoMAttention, x: Tensor, state: Mapping[str, Tensor] | None, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The convolution before its activation: x ``[B, M', T, C]`` and the new state ``[B, M', C, W-1]``."""
+    batch, memories, length, channels = x.shape
+    width = layer.config.conv_size
+    if state is None:
+        history = x.new_zeros(batch, memories, channels, width - 1)
+    else:
+        history = state["conv_state"].to(x.dtype)
+    padded = torch.cat([history, x.transpose(2, 3)], 3)  # [B, M', C, W-1 + T]
+    y = F.conv1d(padded.flatten(0, 1), layer.conv1d.to(x.dtype).unsqueeze(1), groups=channels)
+    last = total + torch.arange(width - 1, device=x.device)  # [B, M', W-1]
+    new_state = padded.gather(3, last.unsqueeze(2).expand(batch, memories, channels, width - 1))
+    return y.unflatten(0, (batch, memories)).transpose(2, 3), new_state

@@ -1,0 +1,84 @@
+"""What the three forms of the layer share: routing, gates and the head constants."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops import route
+
+if TYPE_CHECKING:
+    from .mom_attention import MoMAttention
+
+
+class Routing(NamedTuple):
+    """``weights`` ``[B, T, k]`` float32, ``indices`` ``[B, T, k]`` int64, ``logits`` ``[B, T, M]`` float32 or None."""
+
+    weights: Tensor
+    indices: Tensor
+    logits: Tensor | None
+
+
+class Gates(NamedTuple):
+    """Per token and projection group, ``[B, T, G, HV]`` float32; None where the rule has none."""
+
+    g: Tensor | None
+    beta: Tensor | None
+    dt: Tensor | None  # multiplies v
+
+
+def route_and_gate(layer: MoMAttention, x: Tensor, router_indices: Tensor | None) -> tuple[Routing, Gates]:
+    """Router, beta and decay of every token as one float32 product, also under autocast."""
+    rule, groups = layer.rule, layer.kv_proj.shape[0]
+    weights = [layer.router.weight] if layer.custom_router is None else []
+    weights += [layer.b_proj.flatten(0, 1)] if rule.delta else []
+    weights += [layer.a_proj.flatten(0, 1)] if rule.gate == "scalar" else []
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts: list[Tensor] = []
+    if weights:
+        weight = torch.cat([w.to(dtype) for w in weights])
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                small = F.linear(x.to(dtype), weight)
+        else:
+            small = F.linear(x.to(dtype), weight)
+        parts = list(small.split([w.shape[0] for w in weights], -1))
+    logits = parts.pop(0) if layer.custom_router is None else None
+    beta = parts.pop(0).unflatten(-1, (groups, -1)).sigmoid() if rule.delta else None
+    g = dt = None
+    if rule.gate == "scalar":
+        dt = F.softplus(parts.pop(0).unflatten(-1, (groups, -1)) + layer.dt_bias.to(dtype))
+        g = -layer.A_log.to(dtype).exp() * dt
+    gates = Gates(g, beta, dt if rule.name == "mamba2" else None)
+
+    if logits is None:
+        assert layer.custom_router is not None
+        custom_weights, custom_indices = layer.custom_router(x)
+        expected = (*x.shape[:2], layer.config.topk)
+        if tuple(custom_weights.shape) != expected or tuple(custom_indices.shape) != expected:
+            raise ValueError(
+                f"router must return weights and indices of shape [B, T, k] = {expected}, got "
+                f"{tuple(custom_weights.shape)} and {tuple(custom_indices.shape)}; select topk memories for each token"
+            )
+        return Routing(custom_weights.to(dtype), custom_indices.long(), None), gates
+    if router_indices is not None:
+        chosen = torch.softmax(logits.gather(-1, router_indices), -1)
+        return Routing(chosen, router_indices, logits), gates
+    selected, indices = route(logits, layer.config.topk)
+    return Routing(selected, indices, logits), gates
+
+
+def retention_gate(value_heads: int, device: torch.device) -> Tensor:
+    """``log(1 - 2^(-5-h))`` ``[HV]`` float32. Source: RetNet (arXiv 2307.08621) section 3.1."""
+    exponent = torch.arange(value_heads, device=device, dtype=torch.float32) + 5
+    return torch.log1p(-torch.exp2(-exponent))
+
+
+def memory_group_bounds(layer: MoMAttention, group_offset: Tensor) -> Tensor:
+    """Row bounds of the projection groups from those of the memories: one group for all with ``single_kv_proj``."""
+    if layer.config.single_kv_proj:
+        return torch.stack([group_offset[0], group_offset[-1]])
+    return group_offset

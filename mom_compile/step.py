@@ -1,0 +1,95 @@
+"""The step form: one token (or a few, one after the other), only the selected memories read and written (decode)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops import l2_norm
+from .ops.memory_rule import recurrent
+from .projections import retention_gate, route_and_gate
+from .state import LayerState
+
+if TYPE_CHECKING:
+    from .mom_attention import MoMAttention
+
+
+def forward(
+    layer: MoMAttention,
+    x: Tensor,
+    state: Mapping[str, Tensor] | None,
+    valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    router_indices: Tensor | None,
+) -> tuple[Tensor, LayerState, Tensor | None]:
+    """As :meth:`MoMAttention.forward` up to the output projection: o ``[B, T, HV, V]``, state, logits."""
+    current: LayerState = dict(state) if state is not None else layer.init_state(x.shape[0], x.device)
+    outputs, logits = [], []
+    for t in range(x.shape[1]):
+        o, current, token_logits = _token(
+            layer,
+            x[:, t : t + 1],
+            current,
+            None if valid is None else valid[:, t],
+            None if router_indices is None else router_indices[:, t : t + 1],
+        )
+        outputs.append(o)
+        logits.append(token_logits)
+    all_logits = None if logits[0] is None else torch.cat([item for item in logits if item is not None], 1)
+    return torch.stack(outputs, 1), current, all_logits
+
+
+def _token(
+    layer: MoMAttention, x: Tensor, state: LayerState, valid: Tensor | None, router_indices: Tensor | None
+) -> tuple[Tensor, LayerState, Tensor | None]:
+    """One token: x ``[B, 1, D]``, valid ``[B]``, o ``[B, HV, V]``."""
+    config, rule = layer.config, layer.rule
+    batch = x.shape[0]
+    memories = config.total_memories
+    routing, gates = route_and_gate(layer, x, router_indices)
+    memory, weights = routing.indices[:, 0], routing.weights[:, 0]  # [B, k]
+    if config.shared_mem:
+        memory = torch.cat([memory, torch.full_like(memory[:, :1], config.num_memories)], 1)
+        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
+    choices = memory.shape[1]
+    pool = torch.arange(batch, device=x.device).unsqueeze(1) * memories + memory  # [B, k'] in the flattened states
+    group = torch.zeros_like(memory) if config.single_kv_proj else memory
+
+    kv = F.linear(x[:, 0], layer.kv_proj.flatten(0, 1)).unflatten(1, (layer.kv_proj.shape[0], -1))
+    q = layer.q_proj(x[:, 0]).unsqueeze(1).expand(batch, choices, layer.key_size)
+    qkv = torch.cat([q, _pick(kv, group)], 2)  # [B, k', C]
+    new_state: LayerState = {}
+    if config.use_short_conv:
+        conv_state = state["conv_state"].flatten(0, 1)
+        window = torch.cat([conv_state[pool].to(qkv.dtype), qkv.unsqueeze(-1)], 3)
+        qkv = (window * layer.conv1d.to(qkv.dtype)).sum(3)
+        new_window = window[..., 1:].to(conv_state.dtype)
+        if valid is not None:
+            new_window = torch.where(valid.view(-1, 1, 1, 1), new_window, conv_state[pool])
+        conv_state = conv_state.index_put((pool,), new_window)
+        new_state["conv_state"] = conv_state.unflatten(0, (batch, memories))
+    qkv = F.silu(qkv)
+    q, k, v = qkv.flatten(0, 1).split([layer.key_size, layer.key_size, layer.value_size], 1)
+    q, k = (l2_norm(part.unflatten(1, (config.num_heads, config.head_dim))).unsqueeze(1) for part in (q, k))
+    v = v.unflatten(1, (config.value_heads, config.value_dim)).unsqueeze(1)
+    g, beta, dt = (None if gate is None else _pick(gate[:, 0], group).flatten(0, 1).unsqueeze(1) for gate in gates)
+    if rule.gate == "head":
+        g = retention_gate(config.value_heads, x.device)
+    if dt is not None:
+        v = v * dt.unsqueeze(-1).to(v.dtype)
+    rows = pool if valid is None else torch.where(valid.unsqueeze(1), pool, -1)
+    o, final_state = recurrent(
+        rule.name, q, k, v, g, beta, layer.scale, state["recurrent_state"].flatten(0, 1), rows.flatten()
+    )
+    new_state["recurrent_state"] = final_state.unflatten(0, (batch, memories))
+    o = o.view(batch, choices, config.value_heads, config.value_dim)
+    return (o * weights[..., None, None].to(o.dtype)).sum(1), new_state, routing.logits
+
+
+def _pick(x: Tensor, group: Tensor) -> Tensor:
+    """``[B, G, n]`` -> ``[B, k', n]``."""
+    return x.gather(1, group.unsqueeze(-1).expand(*group.shape, x.shape[2]))
