@@ -1,0 +1,140 @@
+"""Text generation: prefill in pieces of bounded memory, then one token at a time on an explicit state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .validate import validate_inputs
+
+if TYPE_CHECKING:
+    from .model import MoMForCausalLM
+    from .state import LayerState
+
+PREFILL_TOKENS = 4096
+"""Tokens of one prefill call; longer prompts go through in pieces, which bounds the memory."""
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Draw token ids on the device of the logits.
+
+    Args:
+        logits: ``[B, vocab_size]``.
+        temperature: 0 takes the most probable token (ties: the lowest id), otherwise the logits are divided by it.
+        top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
+        generator: source of randomness.
+
+    Returns:
+        ``[B]`` int64.
+
+    Source: nucleus sampling (arXiv 1904.09751) section 3.1.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(-1)
+    probability = torch.softmax(logits / temperature, -1)
+    if top_p < 1:
+        ordered, order = probability.sort(-1, descending=True, stable=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
+        probability = torch.zeros_like(probability).scatter(-1, order, ordered)
+    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise unless the sampling options are in range."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}; pass how many tokens to add")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}; 0 is greedy, 1 leaves the logits")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}; 1 keeps every token")
+
+
+@torch.no_grad()
+def generate(
+    model: MoMForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    state: Sequence[LayerState] | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    eos_token_id: int | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
+    decode: Callable[..., object] | None = None,
+) -> Tensor:
+    """Continue each row of ``input_ids``.
+
+    Args:
+        model: in eval mode or not; gradients are off.
+        input_ids: ``[B, T]`` int64, T >= 1; rows of unequal length are padded left or right with ``attention_mask``.
+        max_new_tokens: tokens to add; 0 returns the prompt.
+        attention_mask: ``[B, T]``, 0 for padding, one run of ones per row.
+        state: continue from an earlier state; never modified.
+        temperature: 0 is greedy.
+        top_p: nucleus, in (0, 1].
+        seed: seed of the sampling; None draws a fresh one.
+        eos_token_id: a row that drew it is filled with it; None: the config's (-1: never stop).
+        on_token: called with each step's ``[B]`` ids, for streaming.
+        decode: replaces ``model`` in the decode step, such as ``torch.compile(model)``.
+
+    Returns:
+        ``[B, T + new]`` int64; shorter than T + max_new_tokens where every row has stopped.
+
+    Raises:
+        ValueError: an empty prompt, a token id out of range, a broken mask, an option out of range.
+    """
+    check_sampling(max_new_tokens, temperature, top_p)
+    validate_inputs(model.config, input_ids, attention_mask)
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids must hold at least one token, got an empty prompt; start with bos_token_id")
+    if eos_token_id is None:
+        eos_token_id = model.config.eos_token_id
+    batch, length = input_ids.shape
+    generator = None
+    if temperature > 0:
+        generator = torch.Generator(input_ids.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+    if max_new_tokens == 0:
+        return input_ids.clone()
+
+    logits: Tensor | None = None
+    last = _last_token(attention_mask, batch, length, input_ids.device)
+    for start in range(0, length, PREFILL_TOKENS):
+        stop = min(start + PREFILL_TOKENS, length)
+        mask = None if attention_mask is None else attention_mask[:, start:stop]
+        out = model(input_ids[:, start:stop], state=state, attention_mask=mask)
+        state = out.state
+        rows = out.logits[torch.arange(batch, device=last.device), (last - start).clamp(0, stop - start - 1)]
+        here = (last >= start) & (last < stop)
+        logits = rows if logits is None else torch.where(here.unsqueeze(1), rows, logits)
+    assert logits is not None
+    run = decode or model
+    pieces = [input_ids]
+    done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    for index in range(max_new_tokens):
+        token = sample(logits, temperature, top_p, generator)
+        if eos_token_id is not None and eos_token_id >= 0:
+            token = torch.where(done, eos_token_id, token)
+            done = done | (token == eos_token_id)
+        pieces.append(token.unsqueeze(1))
+        if on_token is not None:
+            on_token(token)
+        if index + 1 == max_new_tokens or bool(done.all()):
+            break
+        out = run(token.unsqueeze(1), state=state)
+        state, logits = out.state, out.logits[:, -1]  # type: ignore[attr-defined]
+    return torch.cat(pieces, 1)
+
+
+def _last_token(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Position of the last real token of each row."""
+    if attention_mask is None:
+        return torch.full((batch,), length - 1, device=device)
+    position = torch.arange(length, device=device)
+    return torch.where(attention_mask.to(torch.bool), position, -1).amax(1).clamp(min=0)
