@@ -37,8 +37,8 @@ def convert_fla_checkpoint(tensors: Mapping[str, Tensor], config: MoMConfig) -> 
         def take(name: str, source: str = source) -> Tensor:
             if source + name not in tensors:
                 raise ValueError(
-                    f"the checkpoint must hold {source + name}, got none; it is truncated or its config.json belongs to "
-                    "another model"
+                    f"the checkpoint must hold {source + name}, got none; it is truncated, or its config.json belongs "
+                    "to another model"
                 )
             return tensors[source + name]
 

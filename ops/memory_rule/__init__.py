@@ -154,7 +154,7 @@ def _chunk(
     def place(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() == 1:
             return x
-        return permute(x.reshape(batch * length, -1), plan).view(-1, *x.shape[2:])
+        return permute(x.flatten(0, 1).flatten(1), plan).unflatten(1, x.shape[2:])
 
     rows = [place(x) for x in (q, k, v, g, beta)]
     assert rows[0] is not None and rows[1] is not None and rows[2] is not None

@@ -78,7 +78,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | N
         causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril_()
         difference = (cumulative - cumulative.transpose(2, 3)).to(dtype)
         decay = difference.masked_fill_(~causal, float("-inf")).exp_()
-        from_start, to_end, total = (x.to(dtype).exp_() for x in (cumulative, last - cumulative, last))
+        from_start, to_end, total = (x.to(dtype).exp() for x in (cumulative, last - cumulative, last))
     return _Chunk(
         _heads_first(q, used, dtype, groups),
         _heads_first(k, used, dtype, groups),

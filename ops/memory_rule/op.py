@@ -400,7 +400,7 @@ def _recurrent_backward(
     def place(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        return permute(x.flatten(0, 1).flatten(1), *tables).view(-1, *x.shape[2:])
+        return permute(x.flatten(0, 1).flatten(1), *tables).unflatten(1, x.shape[2:])
 
     def back(x: Tensor, like: Tensor) -> Tensor:
         return permute_bwd(x.flatten(1), plan.slot_of).view(like.shape)

@@ -1,0 +1,210 @@
+"""The five rules, chunked and sequential, against the float64 token recurrence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import INTERPRET, KINDS, TOLERANCES, assert_close, assert_parity, plan_cases, relative, rule_inputs
+from torch import Tensor
+
+import mom_compile.ops as ops
+from mom_compile.ops import RULES, permute
+from mom_compile.ops.memory_rule import chunk_rows, recurrence_reference, segments_reference
+
+CASES = plan_cases()
+
+
+def _split(rule: str, extra: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+    rest = list(extra)
+    g = rest.pop(0) if RULES[rule].gate != "none" else None
+    beta = rest.pop(0) if RULES[rule].delta else None
+    return g, beta
+
+
+def _dense_reference(rule: str, scale: float, with_state: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def reference(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        state = rest[-1] if with_state else None
+        g, beta = _split(rule, rest)
+        if g is not None and g.dim() == 1:
+            g = g.expand(*v.shape[:3])
+        return recurrence_reference(q, k, v, g, beta, scale, state)
+
+    return reference
+
+
+def _public(name: str, rule: str, with_state: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    function = getattr(ops, f"{name}_{RULES[rule].op}")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        extra = [x for x in _split(rule, rest) if x is not None]
+        return function(q, k, v, *extra, initial_state=rest[-1] if with_state else None)
+
+    return call
+
+
+def _case(rule: str, batch: int, length: int, kind: str, with_state: bool = True) -> list[Tensor]:
+    inputs = [x for x in rule_inputs(rule, (batch, length), kind=kind) if x is not None]
+    return [*inputs, *([torch.randn(batch, 4, 16, 8)] if with_state else [])]
+
+
+@pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 200])
+@pytest.mark.parametrize("rule", RULES)
+def test_chunk_lengths(rule: str, length: int) -> None:
+    inputs = _case(rule, 2 if length < 64 else 1, length, "random")
+    assert_parity(_public("chunk", rule, True), _dense_reference(rule, 16**-0.5, True), inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("rule", RULES)
+def test_chunk_hostile(rule: str, kind: str) -> None:
+    # Correlated keys amplify rounding: the float32 reference itself is off by 2e-5 there.
+    tolerance = 1e-4 if kind == "correlated" else None
+    inputs = _case(rule, 1, 130, kind, with_state=False)
+    assert_parity(_public("chunk", rule, False), _dense_reference(rule, 16**-0.5, False), inputs, tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rule", ["gated_delta", "retention", "linear"])
+def test_chunk_on_a_routed_plan(rule: str, name: str) -> None:
+    plan, tokens, segments = CASES[name]()
+    q, k, v, g, beta = rule_inputs(rule, (tokens,))
+    place = [
+        None if x is None else x if x.dim() == 1 else permute(x.flatten(1), plan).view(-1, *x.shape[1:])
+        for x in (q, k, v, g, beta)
+    ]
+    inputs = [x for x in place if x is not None]
+    real = (plan.entry_of >= 0).view(-1, 1, 1)  # nobody reads a pad row, so none gets a gradient
+
+    def function(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        o, final_state = chunk_rows(rule, q, k, v, *_split(rule, rest), 0.25, rest[-1], plan)
+        return o * real, final_state
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        g, beta = _split(rule, rest)
+        g = g.expand(v.shape[0], -1) if g is not None and g.dim() == 1 else g
+        return segments_reference(q, k, v, g, beta, 0.25, rest[-1], plan.segment_start, plan.segment_length)
+
+    state = torch.randn(segments, 4, 16, 8)
+    assert_parity(function, reference, [*inputs, state])
+    # A memory that no token selected keeps its state bit for bit.
+    final_state = function(*inputs, state)[1]
+    empty = plan.segment_length == 0
+    assert torch.equal(final_state[empty], state[empty])
+
+
+@pytest.mark.parametrize("length", [1, 3, 70])
+@pytest.mark.parametrize("rule", RULES)
+def test_recurrent(rule: str, length: int) -> None:
+    inputs = _case(rule, 2, length, "random")
+    assert_parity(_public("recurrent", rule, True), _dense_reference(rule, 16**-0.5, True), inputs)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_recurrent_with_state_indices(rule: str) -> None:
+    inputs = rule_inputs(rule, (3, 2))
+    extra = [x for x in inputs[3:] if x is not None]
+    pool = torch.randn(6, 4, 16, 8)
+    before = pool.clone()
+    indices = torch.tensor([4, -1, 1])
+    function = getattr(ops, f"recurrent_{RULES[rule].op}")
+    leaves = [x.clone().requires_grad_() for x in (*inputs[:3], *extra, pool)]
+    o, after = function(*leaves[:-1], initial_state=leaves[-1], state_indices=indices)
+    direct, states = function(*inputs[:3], *extra, initial_state=pool[[4, 0, 1]])
+    assert torch.equal(pool, before)
+    assert torch.equal(o[[0, 2]], direct[[0, 2]]) and not o[1].any()
+    assert torch.equal(after[[4, 1]], states[[0, 2]])
+    assert torch.equal(after[[0, 2, 3, 5]], pool[[0, 2, 3, 5]])
+    grads = torch.autograd.grad(o.sum() + (after * torch.arange(6.0).view(6, 1, 1, 1)).sum(), leaves)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert not grads[0][1].any() and torch.equal(grads[-1][3], torch.full_like(pool[3], 3.0))
+    with torch.no_grad():
+        in_place = getattr(ops, f"recurrent_{RULES[rule].op}_")(*inputs[:3], *extra, state=pool, state_indices=indices)
+    assert torch.equal(in_place, o) and torch.equal(pool, after)
+
+
+@pytest.mark.parametrize("rule", ["gated_delta", "mamba2", "retention"])
+def test_documents_equal_the_documents_alone(rule: str) -> None:
+    bounds = [0, 3, 3, 70, 135]
+    inputs = rule_inputs(rule, (1, 135))
+    state = torch.randn(4, 4, 16, 8)
+    for name in ("chunk", "recurrent"):
+        function = getattr(ops, f"{name}_{RULES[rule].op}")
+        extra = [x for x in inputs[3:] if x is not None]
+        o, final_state = function(*inputs[:3], *extra, initial_state=state, cu_seqlens=torch.tensor(bounds))
+        for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            part = [x if x.dim() == 1 else x[:, start:end] for x in (*inputs[:3], *extra)]
+            alone, alone_state = function(*part, initial_state=state[n : n + 1])
+            assert torch.equal(o[:, start:end], alone)
+            assert torch.equal(final_state[n : n + 1], alone_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    q, k, v, g, beta = rule_inputs("gated_delta", (1, 130), dtype=dtype)
+    assert g is not None and beta is not None
+    o, state = ops.chunk_gated_delta_rule(q, k, v, g, beta)
+    expected, expected_state = recurrence_reference(q, k, v, g, beta, 0.25)
+    assert o.dtype == dtype and state.dtype == torch.float32
+    assert_close(o, expected, TOLERANCES[dtype], "o")
+    assert_close(state, expected_state, TOLERANCES[dtype], "state")
+    _, stored = ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=torch.zeros(1, 4, 16, 8, dtype=dtype))
+    assert stored.dtype == dtype
+
+
+@pytest.mark.skipif(INTERPRET, reason="float64 always takes the PyTorch implementation")
+@pytest.mark.parametrize("rule", RULES)
+def test_gradcheck(rule: str) -> None:
+    inputs = [x.double().requires_grad_() for x in _case(rule, 1, 66, "random")]
+    small = [x if x.dim() == 1 else x[..., :2, :3] if x.dim() == 4 and i < 3 else x for i, x in enumerate(inputs)]
+    q, k, v, *rest = small
+    rest = [x if x.dim() == 1 else x[..., :2] if x.dim() == 3 else x[:, :2, :3, :3] for x in rest]
+    rest = [x[:2] if x.dim() == 1 else x for x in rest]
+    leaves = [x.detach().contiguous().requires_grad_() for x in (q, k, v, *rest)]
+    torch.autograd.gradcheck(_public("chunk", rule, True), leaves, fast_mode=True)
+    torch.autograd.gradcheck(_public("recurrent", rule, True), leaves, fast_mode=True)
+    torch.autograd.gradcheck(_dense_reference(rule, 3**-0.5, True), leaves, fast_mode=True)
+
+
+def test_value_heads_share_key_heads() -> None:
+    q, k, v, g, beta = rule_inputs("gated_delta", (1, 40), heads=2, value_heads=4)
+    assert g is not None and beta is not None
+    o, _ = ops.chunk_gated_delta_rule(q, k, v, g, beta)
+    wide, _ = ops.chunk_gated_delta_rule(q.repeat_interleave(2, 2), k.repeat_interleave(2, 2), v, g, beta)
+    assert relative(o, wide) < 1e-6
+
+
+def test_in_place_is_refused_with_gradients() -> None:
+    q, k, v, *_ = rule_inputs("linear", (1, 1))
+    with pytest.raises(RuntimeError, match="recurrent_linear_attn_ must run without gradients"):
+        ops.recurrent_linear_attn_(q, k, v, torch.zeros(1, 4, 16, 8))
+
+
+def test_double_backward_names_the_operator() -> None:
+    q, k, v, *_ = (x if x is None else x.requires_grad_() for x in rule_inputs("linear", (1, 5)))
+    assert q is not None and k is not None and v is not None
+    o, _ = ops.chunk_linear_attn(q, k, v)
+    (grad,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"mom\.\w+_bwd"):
+        grad.sum().backward()
+
+
+def test_messages() -> None:
+    q, k, v, g, beta = rule_inputs("gated_delta", (1, 5))
+    assert g is not None and beta is not None
+    with pytest.raises(ValueError, match=r"q must be \[B, T, H, K\], got shape \(5, 2, 16\)"):
+        ops.chunk_gated_delta_rule(q[0], k[0], v[0], g[0], beta[0])
+    with pytest.raises(ValueError, match="v must have a multiple of the 2 heads of q, got 3"):
+        ops.chunk_gated_delta_rule(q, k, v[:, :, :3], g[..., :3], beta[..., :3])
+    with pytest.raises(ValueError, match=r"initial_state must be \[NS, HV, K, V\] = \[1, 4, 16, 8\], got shape"):
+        ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=torch.zeros(2, 4, 16, 8))
+    with pytest.raises(ValueError, match="g must have one of the dtypes float32, float64, got bfloat16"):
+        ops.chunk_gated_delta_rule(q, k, v, g.bfloat16(), beta)
+    with pytest.raises(ValueError, match="state_indices must name different states"):
+        ops.recurrent_gated_delta_rule(
+            q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), g.expand(2, -1, -1),
+            beta.expand(2, -1, -1), initial_state=torch.zeros(3, 4, 16, 8), state_indices=torch.tensor([1, 1]),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="q must have batch size 1 with cu_seqlens, got 2"):
+        ops.chunk_linear_attn(q.expand(2, -1, -1, -1), k, v, cu_seqlens=torch.tensor([0, 5]))

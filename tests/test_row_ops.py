@@ -1,0 +1,113 @@
+"""permute, combine, short_conv, gated_rms_norm and grouped_linear against their float64 references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_close, assert_parity, plan_cases
+
+from mom_compile.ops import combine, gated_rms_norm, grouped_linear, permute, short_conv
+from mom_compile.ops.combine import combine_reference
+from mom_compile.ops.gated_rms_norm import gated_rms_norm_reference
+from mom_compile.ops.grouped_linear import grouped_linear_reference
+from mom_compile.ops.permute import permute_reference
+from mom_compile.ops.short_conv import short_conv_reference, short_conv_rows
+
+CASES = plan_cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_permute(name: str) -> None:
+    plan, tokens, _ = CASES[name]()
+    assert_parity(
+        lambda x: permute(x, plan),
+        lambda x: permute_reference(x, plan.slot_of, plan.entry_of),
+        [torch.randn(tokens, 11)],
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_combine(name: str) -> None:
+    plan, tokens, _ = CASES[name]()
+    shared = plan.group_offset.shape[0] - 1 > 1 and "65" not in name and name not in ("7-tokens", "63-tokens")
+    topk = plan.slot_of.shape[1] - int(shared)
+    o = torch.randn(plan.entry_of.shape[0], 2, 5)
+    assert_parity(
+        lambda o, w: combine(o, w, plan),
+        lambda o, w: combine_reference(o, w, plan.slot_of, plan.entry_of),
+        [o, torch.rand(tokens, topk)],
+    )
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("activation", ["silu", "none"])
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("name", ["one-token", "65-tokens", "documents", "masked"])
+def test_short_conv(name: str, with_state: bool, activation: str, width: int) -> None:
+    plan, tokens, segments = CASES[name]()
+    rows = permute(torch.randn(tokens, 6), plan)
+    state = [torch.randn(segments, 6, width - 1)] if with_state else []
+
+    def reference(x, weight, state=None):
+        return short_conv_reference(x, weight, state, plan.segment_start, plan.segment_length, activation)
+
+    def function(x, weight, state=None):
+        return short_conv_rows(x, weight, plan, state, activation)
+
+    assert_parity(function, reference, [rows, torch.randn(6, width), *state])
+
+
+def test_short_conv_on_sequences_continues_from_its_state() -> None:
+    x, weight = torch.randn(2, 70, 6), torch.randn(6, 4)
+    whole, final = short_conv(x, weight)
+    first, state = short_conv(x[:, :2], weight)
+    second, last = short_conv(x[:, 2:], weight, state)
+    assert_close(torch.cat([first, second], 1), whole, 1e-6, "output")
+    assert torch.equal(last, final)
+    packed, _ = short_conv(x.reshape(1, 140, 6), weight, cu_seqlens=torch.tensor([0, 70, 140]))
+    assert torch.equal(packed.view(2, 70, 6), whole)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 5, 2, 20), (130, 60)])
+def test_gated_rms_norm(shape: tuple[int, ...]) -> None:
+    inputs = [torch.randn(shape), torch.randn(shape) * 3, torch.randn(shape[-1])]
+    assert_parity(
+        lambda x, g, w: gated_rms_norm(x, g, w, 1e-6),
+        lambda x, g, w: gated_rms_norm_reference(x, g, w, 1e-6),
+        inputs,
+    )
+
+
+def test_gated_rms_norm_of_zero_rows() -> None:
+    x, gate, weight = torch.zeros(4, 8, requires_grad=True), torch.zeros(4, 8), torch.ones(8)
+    y = gated_rms_norm(x, gate, weight)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert not y.any() and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("name", ["one-token", "200-tokens", "documents", "all-to-one-memory"])
+def test_grouped_linear(name: str) -> None:
+    plan, tokens, _ = CASES[name]()
+    groups = plan.group_offset.shape[0] - 1
+    rows = permute(torch.randn(tokens, 24), plan)
+    assert_parity(
+        lambda x, w: grouped_linear(x, w, plan.group_offset),
+        lambda x, w: grouped_linear_reference(x, w, plan.group_offset),
+        [rows, torch.randn(groups, 19, 24)],
+    )
+
+
+def test_messages() -> None:
+    plan, tokens, _ = CASES["200-tokens"]()
+    with pytest.raises(ValueError, match=r"slot_of must be \[T, k'\] = \[3, any\], got shape \(200, 3\)"):
+        permute(torch.randn(3, 4), plan)
+    with pytest.raises(ValueError, match="activation must be one of silu, none, got 'relu'"):
+        short_conv(torch.randn(1, 3, 4), torch.randn(4, 2), activation="relu")
+    with pytest.raises(ValueError, match=r"weight must be \[F, W\] = \[4, any\], got shape \(5, 2\)"):
+        short_conv(torch.randn(1, 3, 4), torch.randn(5, 2))
+    with pytest.raises(ValueError, match=r"gate must be \[..., V\] = \[2, 4\], got shape \(2, 5\)"):
+        gated_rms_norm(torch.randn(2, 4), torch.randn(2, 5), torch.ones(4))
+    with pytest.raises(ValueError, match="slot_of must have k or k \\+ 1 columns for weights of k = 1, got 3"):
+        combine(torch.randn(plan.entry_of.shape[0], 1, 2), torch.rand(tokens, 1), plan)
+    with pytest.raises(ValueError, match="group_offset must rise from 0"):
+        grouped_linear(torch.randn(64, 4), torch.randn(1, 2, 4), torch.tensor([0, 128], dtype=torch.int32))
