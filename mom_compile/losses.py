@@ -21,7 +21,7 @@ def next_token_loss(
     Args:
         logits: ``[B, T, vocab_size]``.
         labels: ``[B, T]`` int64; -100 is ignored.
-        attention_mask: ``[B, T]``; targets on padding are ignored.
+        attention_mask: ``[B, T]``; targets on padding, and those that padding would predict, are ignored.
         cu_seqlens: ``[N+1]``; the first token of a document is no target.
 
     Returns:
@@ -30,9 +30,10 @@ def next_token_loss(
     targets = labels.new_full(labels.shape, IGNORE)
     targets[:, :-1] = labels[:, 1:]
     if attention_mask is not None:
-        next_valid = torch.zeros_like(targets, dtype=torch.bool)
-        next_valid[:, :-1] = attention_mask[:, 1:].to(torch.bool)
-        targets = targets.masked_fill(~next_valid, IGNORE)
+        real = attention_mask.to(torch.bool)
+        both = torch.zeros_like(real)
+        both[:, :-1] = real[:, :-1] & real[:, 1:]
+        targets = targets.masked_fill(~both, IGNORE)
     if cu_seqlens is not None:
         position = torch.arange(1, labels.shape[1] + 1, device=labels.device)
         starts = (position.unsqueeze(1) == cu_seqlens).any(1)

@@ -16,7 +16,7 @@ from ..dispatch import DispatchPlan, sequence_plan
 from ..permute import permute
 from .op import CHUNK_OPS, RECURRENT_OPS
 from .reference import recurrence_reference, segments_reference
-from .rules import RULES, SAVE_ALL, SAVE_INVERSE, SAVE_SCORES, Rule
+from .rules import RULES, SAVE_INVERSE, SAVE_SCORES, SAVE_V_NEW, Rule
 
 __all__ = [
     "RULES",
@@ -51,11 +51,11 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 def _save(*tensors: Tensor | None) -> int:
-    """What the forward keeps: all on the CPU, the two small matrices on a GPU, nothing in inference."""
+    """What the forward keeps: v_new on the CPU, the two small matrices on a GPU, nothing in inference."""
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
         return 0
     q = tensors[0]
-    return SAVE_INVERSE | SAVE_SCORES if q is not None and q.is_cuda else SAVE_ALL
+    return SAVE_INVERSE | SAVE_SCORES if q is not None and q.is_cuda else SAVE_V_NEW
 
 
 def chunk_rows(

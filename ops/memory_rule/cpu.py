@@ -8,6 +8,7 @@ S1 = exp(G_C) S0 + (exp(G_C - G) k)^T v_new. For the additive rules v_new = v.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -17,28 +18,37 @@ from .._layout import CHUNK, row_mask
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
 
 
-class _Waves(NamedTuple):
-    """The scan order: ``segments[i]`` and ``chunks[i]`` are what step i updates, all of them independent."""
+class _Order(NamedTuple):
+    """The order of the scan. Step w advances the first ``active[w]`` of ``segments`` by one chunk each. ``chunks``
+    lists the chunks step after step, so that every step works on slices."""
 
-    segments: list[Tensor]
-    chunks: list[Tensor]
+    segments: Tensor  # longest first
+    chunks: Tensor
+    active: list[int]
+
+    def steps(self) -> list[tuple[slice, slice]]:
+        """(slice of the segments, slice of the chunks) of each step."""
+        ends = list(itertools.accumulate(self.active))
+        return [(slice(0, count), slice(end - count, end)) for count, end in zip(self.active, ends, strict=True)]
 
 
-def _waves(segment_start: Tensor, segment_length: Tensor) -> _Waves:
-    counts = (segment_length.long() + CHUNK - 1) // CHUNK
-    first = segment_start.long() // CHUNK
-    order = torch.argsort(counts, descending=True, stable=True)
-    counts, first = counts[order], first[order]
-    segments, chunks = [], []
-    for step in range(int(counts[0]) if len(counts) else 0):
-        active = int((counts > step).sum())
-        segments.append(order[:active])
-        chunks.append(first[:active] + step)
-    return _Waves(segments, chunks)
+def _order(segment_start: Tensor, segment_length: Tensor, size: int) -> _Order:
+    counts = (segment_length.long() + size - 1) // size
+    segments = torch.argsort(counts, descending=True, stable=True)
+    counts, first = counts[segments], segment_start.long()[segments] // size
+    step = torch.arange(int(counts[0]) if len(counts) else 0).unsqueeze(1)
+    running = counts > step  # [steps, NS]
+    return _Order(segments, (first + step)[running], running.sum(1).tolist())
+
+
+def _chunk_size(key_dim: int, value_dim: int) -> int:
+    """Rows of a chunk on the CPU: small heads spend their time on the C x C matrices, large ones on the state."""
+    largest = max(key_dim, value_dim)
+    return 16 if largest <= 32 else 32 if largest <= 96 else CHUNK
 
 
 class _Chunk(NamedTuple):
-    """Per-chunk quantities that need no state, ``[n, HV, C, ...]`` in the compute dtype."""
+    """Per-chunk quantities that need no state, ``[n, HV, C, ...]`` in scan order and compute dtype."""
 
     q: Tensor
     k: Tensor
@@ -50,40 +60,45 @@ class _Chunk(NamedTuple):
     total: Tensor | None  # exp(G_C)
 
 
-def _heads_first(x: Tensor, used: int, dtype: torch.dtype, groups: int = 1) -> Tensor:
-    """Rows ``[S, h, d]`` -> ``[used, h * groups, C, d]``."""
-    x = x[: used * CHUNK].to(dtype).reshape(used, CHUNK, *x.shape[1:]).transpose(1, 2)
-    return x.repeat_interleave(groups, 1) if groups > 1 else x
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _rows(x: Tensor, rows: int, like: Tensor, groups: int = 1) -> Tensor:
-    """``[used, h * groups, C, d]`` -> rows ``[S, h, d]``, summed over the group, unused rows zero."""
-    used, heads, _, dim = x.shape
+def _gather(x: Tensor, order: _Order, size: int, dtype: torch.dtype, groups: int = 1) -> Tensor:
+    """Rows ``[S, h, d]`` -> ``[n, h * groups, C, d]``."""
+    x = x.reshape(-1, size, *x.shape[1:]).index_select(0, order.chunks).to(dtype).transpose(1, 2)
+    return x.repeat_interleave(groups, 1) if groups > 1 else x.contiguous()
+
+
+def _scatter(x: Tensor, order: _Order, like: Tensor, groups: int = 1) -> Tensor:
+    """``[n, h * groups, C, d]`` -> rows ``[S, h, d]`` in the dtype of ``like``, summed over the group, others zero."""
+    count, heads, size, dim = x.shape
     if groups > 1:
-        x = x.view(used, heads // groups, groups, CHUNK, dim).sum(2)
+        x = x.view(count, heads // groups, groups, size, dim).sum(2)
         heads //= groups
-    out = like.new_zeros(rows, heads, dim)
-    out[: used * CHUNK].view(used, CHUNK, heads, dim).copy_(x.transpose(1, 2))
-    return out
+    out = like.new_zeros(like.shape[0] // size, size, heads, dim)
+    return out.index_copy_(0, order.chunks, x.transpose(1, 2).to(out.dtype)).flatten(0, 1)
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, used: int) -> _Chunk:
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, order: _Order, size: int
+) -> _Chunk:
+    dtype = _compute_dtype(v)
     groups = v.shape[1] // q.shape[1]
     decay = from_start = to_end = total = None
     if g is not None:
         # float64: after a strong decay (-1e4) a float32 sum would have lost the small differences that follow it.
-        cumulative = _heads_first(g.unsqueeze(-1).double(), used, torch.float64).cumsum(2)
+        cumulative = _gather(g.unsqueeze(-1), order, size, torch.float64).cumsum(2)
         last = cumulative[:, :, -1:]
-        causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril_()
+        above = torch.ones(size, size, dtype=torch.bool).triu_(1)
         difference = (cumulative - cumulative.transpose(2, 3)).to(dtype)
-        decay = difference.masked_fill_(~causal, float("-inf")).exp_()
+        decay = difference.masked_fill_(above, float("-inf")).exp_()
         from_start, to_end, total = (x.to(dtype).exp() for x in (cumulative, last - cumulative, last))
     return _Chunk(
-        _heads_first(q, used, dtype, groups),
-        _heads_first(k, used, dtype, groups),
-        _heads_first(v, used, dtype),
-        None if beta is None else _heads_first(beta.unsqueeze(-1), used, dtype),
+        _gather(q, order, size, dtype, groups),
+        _gather(k, order, size, dtype, groups),
+        _gather(v, order, size, dtype),
+        None if beta is None else _gather(beta.unsqueeze(-1), order, size, dtype),
         decay,
         from_start,
         to_end,
@@ -94,64 +109,67 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | N
 def _inverse(chunk: _Chunk) -> Tensor:
     """``(I + L)^-1`` by forward substitution; its entries stay bounded where a Neumann doubling overflows."""
     assert chunk.beta is not None
-    lower = (chunk.k @ chunk.k.transpose(2, 3)) * chunk.beta
+    lower = (chunk.k @ chunk.k.transpose(2, 3)).mul_(chunk.beta)
     if chunk.decay is not None:
         lower *= chunk.decay
-    identity = torch.eye(CHUNK, dtype=lower.dtype)
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype)
     return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False, unitriangular=True)
 
 
 def _scores(chunk: _Chunk, scale: float) -> Tensor:
-    scores = (chunk.q @ chunk.k.transpose(2, 3)) * scale
+    scores = (chunk.q * scale) @ chunk.k.transpose(2, 3)
     return scores.tril_() if chunk.decay is None else scores.mul_(chunk.decay)
 
 
-def _scale_by(x: Tensor, factor: Tensor | None) -> Tensor:
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _scan(chunk: _Chunk, inverse: Tensor | None, state: Tensor, waves: _Waves) -> tuple[Tensor, Tensor]:
-    """Run the states through the chunks; ``state`` ``[NS, HV, K, V]`` is advanced in place.
+def _add_outer(state: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """``state += alpha left^T right`` for contiguous ``[n, h, K, V]``, ``[n, h, C, K]``, ``[n, h, C, V]``."""
+    state.flatten(0, 1).baddbmm_(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1), alpha=alpha)
 
-    Returns the state before each chunk ``[used, HV, K, V]`` and v_new ``[used, HV, C, V]``.
+
+def _scan(
+    chunk: _Chunk, inverse: Tensor | None, state: Tensor, order: _Order, v_new: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the states through the chunks; ``state`` ``[NS, HV, K, V]``, in scan order, is advanced in place.
+
+    Returns the state before each chunk ``[n, HV, K, V]`` and v_new ``[n, HV, C, V]``; a v_new that is given is used.
     """
-    used, heads, _, key_dim = chunk.k.shape
-    states = state.new_empty(used, heads, key_dim, chunk.v.shape[-1])
-    v_new = chunk.v if inverse is None else torch.empty_like(chunk.v)
-    for segments, chunks in zip(*waves, strict=True):
-        before = state[segments]
-        states[chunks] = before
-        k = chunk.k[chunks]
-        update = chunk.v[chunks]
-        if inverse is not None:
-            assert chunk.beta is not None
-            read = k @ before
-            if chunk.from_start is not None:
-                read *= chunk.from_start[chunks]
-            update = inverse[chunks] @ (update.sub_(read).mul_(chunk.beta[chunks]))
-            v_new[chunks] = update
-        if chunk.total is not None and chunk.to_end is not None:
-            before *= chunk.total[chunks]
-            k *= chunk.to_end[chunks]
-        before.flatten(0, 1).baddbmm_(k.flatten(0, 1).transpose(1, 2), update.flatten(0, 1))
-        state[segments] = before
+    states = state.new_empty(chunk.k.shape[0], *state.shape[1:])
+    known = v_new is not None or inverse is None
+    if v_new is None:
+        v_new = chunk.v if inverse is None else torch.empty_like(chunk.v)
+    k_end = _times(chunk.k, chunk.to_end)
+    for segments, chunks in order.steps():
+        current = state[segments]
+        states[chunks] = current
+        if not known:
+            assert inverse is not None and chunk.beta is not None
+            read = _times(chunk.k[chunks] @ current, None if chunk.from_start is None else chunk.from_start[chunks])
+            torch.matmul(inverse[chunks], (chunk.v[chunks] - read).mul_(chunk.beta[chunks]), out=v_new[chunks])
+        if chunk.total is not None:
+            current *= chunk.total[chunks]
+        _add_outer(current, k_end[chunks], v_new[chunks])
     return states, v_new
 
 
-def _state_buffer(v: Tensor, key_dim: int, initial_state: Tensor | None, num_segments: int) -> Tensor:
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+def _initial(v: Tensor, key_dim: int, initial_state: Tensor | None, order: _Order) -> Tensor:
+    """The state buffer of a scan, in its order."""
+    dtype = _compute_dtype(v)
     if initial_state is None:
-        return torch.zeros(num_segments, v.shape[1], key_dim, v.shape[2], dtype=dtype)
-    return initial_state.to(dtype, copy=True)
+        return torch.zeros(len(order.segments), v.shape[1], key_dim, v.shape[2], dtype=dtype)
+    return initial_state.index_select(0, order.segments).to(dtype)
+
+
+def _in_segment_order(x: Tensor, order: _Order, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(x.shape, dtype=dtype)
+    return out.index_copy_(0, order.segments, x.to(dtype))
 
 
 def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0)
-
-
-def _used_chunks(chunk_segment: Tensor) -> int:
-    used = (chunk_segment >= 0).nonzero()
-    return int(used[-1]) + 1 if len(used) else 0
 
 
 def chunk_fwd(
@@ -168,28 +186,28 @@ def chunk_fwd(
     save: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Chunked forward on aligned rows; shapes and results as ``mom::chunk_gated_delta_rule`` (see op.py)."""
-    rows, used = q.shape[0], _used_chunks(chunk_segment)
-    chunk = _prepare(q, k, v, g, beta, used)
+    # The saved matrices have the layout of the kernels' chunk of 64.
+    size = CHUNK if save & ~SAVE_V_NEW else _chunk_size(q.shape[2], v.shape[2])
+    order = _order(segment_start, segment_length, size)
+    chunk = _prepare(q, k, v, g, beta, order, size)
     inverse = None if beta is None else _inverse(chunk)
     scores = _scores(chunk, scale)
-    state = _state_buffer(v, q.shape[2], initial_state, segment_start.shape[0])
-    states, v_new = _scan(chunk, inverse, state, _waves(segment_start, segment_length))
-    o = _scale_by(chunk.q @ states, chunk.from_start).mul_(scale) + scores @ v_new
-    final_state = state if initial_state is None else state.to(initial_state.dtype)
+    state = _initial(v, q.shape[2], initial_state, order)
+    states, v_new = _scan(chunk, inverse, state, order)
+    o = _times((chunk.q * scale) @ states, chunk.from_start)
+    o.flatten(0, 1).baddbmm_(scores.flatten(0, 1), v_new.flatten(0, 1))
+    saved_states = _absent(v)
+    if save & SAVE_STATES:
+        saved_states = v.new_zeros(chunk_segment.shape[0], *states.shape[1:])
+        saved_states[order.chunks] = states.to(v.dtype)
     return (
-        _rows(o, rows, v),
-        final_state,
-        _rows(inverse, rows, v) if save & SAVE_INVERSE and inverse is not None else _absent(v),
-        _rows(scores, rows, v) if save & SAVE_SCORES else _absent(v),
-        _pad_chunks(states.to(v.dtype), chunk_segment.shape[0]) if save & SAVE_STATES else _absent(v),
-        _rows(v_new, rows, v) if save & SAVE_V_NEW and beta is not None else _absent(v),
+        _scatter(o, order, v),
+        _in_segment_order(state, order, state.dtype if initial_state is None else initial_state.dtype),
+        _scatter(inverse, order, v) if save & SAVE_INVERSE and inverse is not None else _absent(v),
+        _scatter(scores, order, v) if save & SAVE_SCORES else _absent(v),
+        saved_states,
+        _scatter(v_new, order, v) if save & SAVE_V_NEW and beta is not None else _absent(v),
     )
-
-
-def _pad_chunks(states: Tensor, chunks: int) -> Tensor:
-    if states.shape[0] == chunks:
-        return states
-    return torch.cat([states, states.new_zeros(chunks - states.shape[0], *states.shape[1:])])
 
 
 def chunk_bwd(
@@ -210,80 +228,68 @@ def chunk_bwd(
     dfinal_state: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`chunk_fwd`; absent ones and absent saved tensors have shape [0].
+    """Gradients of :func:`chunk_fwd`; absent ones have shape [0]. Of what was saved only v_new is used here.
 
     With R = dw v_new^T the gradient of L is -tril(R, -1), so the inverse itself needs no gradient. As v_new_i =
     beta_i e_i with e_i = v_i - exp(G_i) u_i - sum_j<i D_ij (k_i.k_j) v_new_j, dbeta_i = <dw_i, e_i> needs no division.
     """
-    rows, used = q.shape[0], _used_chunks(chunk_segment)
     groups = v.shape[1] // q.shape[1]
-    chunk = _prepare(q, k, v, g, beta, used)
+    size = _chunk_size(q.shape[2], v.shape[2])
+    order = _order(segment_start, segment_length, size)
+    chunk = _prepare(q, k, v, g, beta, order, size)
     dtype = chunk.v.dtype
-    waves = _waves(segment_start, segment_length)
-    inv: Tensor | None = None
-    if beta is not None:
-        inv = _heads_first(inverse, used, dtype) if inverse.numel() else _inverse(chunk)
-    score = _heads_first(scores, used, dtype) if scores.numel() else _scores(chunk, scale)
-    have_v_new = beta is None or v_new.numel() > 0
-    if states.numel() and have_v_new:
-        before = states[:used].to(dtype)
-        new = chunk.v if beta is None else _heads_first(v_new, used, dtype)
-    else:
-        before, new = _scan(chunk, inv, _state_buffer(v, q.shape[2], initial_state, segment_start.shape[0]), waves)
-    grad_o = _heads_first(do, used, dtype)
+    inv = None if beta is None else _inverse(chunk)
+    score = _scores(chunk, scale)
+    known = _gather(v_new, order, size, dtype) if v_new.numel() else None
+    before, new = _scan(chunk, inv, _initial(v, q.shape[2], initial_state, order), order, known)
+    grad_o = _gather(do, order, size, dtype)
 
     # Reverse scan: the gradient of the state after each chunk, and dw.
     if dfinal_state is None:
-        dstate = torch.zeros(segment_start.shape[0], *before.shape[1:], dtype=dtype)
+        dstate = torch.zeros(len(order.segments), *before.shape[1:], dtype=dtype)
     else:
-        dstate = dfinal_state.to(dtype, copy=True)
+        dstate = dfinal_state.index_select(0, order.segments).to(dtype)
     dafter = torch.empty_like(before)
-    k_end = _scale_by(chunk.k, chunk.to_end)
-    dnew = score.transpose(2, 3) @ grad_o
-    dstate_o = (_scale_by(chunk.q, chunk.from_start).transpose(2, 3) @ grad_o).mul_(scale)
-    dw = torch.empty_like(dnew)
-    for segments, chunks in zip(reversed(waves.segments), reversed(waves.chunks), strict=True):
-        after = dstate[segments]
-        dafter[chunks] = after
-        step = dnew[chunks] + k_end[chunks] @ after
+    q_start = _times(chunk.q * scale, chunk.from_start)
+    k_end = _times(chunk.k, chunk.to_end)
+    k_start = None if beta is None or chunk.beta is None else _times(chunk.k * chunk.beta, chunk.from_start)
+    dw = score.transpose(2, 3) @ grad_o  # becomes the gradient of w once the state's part is added
+    for segments, chunks in reversed(order.steps()):
+        current = dstate[segments]
+        dafter[chunks] = current
+        step = dw[chunks].flatten(0, 1).baddbmm_(k_end[chunks].flatten(0, 1), current.flatten(0, 1))
         if inv is not None:
-            step = inv[chunks].transpose(2, 3) @ step
-        dw[chunks] = step
-        grad = _scale_by(after, None if chunk.total is None else chunk.total[chunks]) + dstate_o[chunks]
-        if beta is not None:
-            assert chunk.beta is not None
-            du = step * chunk.beta[chunks]
-            if chunk.from_start is not None:
-                du *= chunk.from_start[chunks]
-            grad -= chunk.k[chunks].transpose(2, 3) @ du
-        dstate[segments] = grad
+            step = inv[chunks].flatten(0, 1).transpose(1, 2) @ step
+            dw[chunks].flatten(0, 1).copy_(step)
+        if chunk.total is not None:
+            current *= chunk.total[chunks]
+        _add_outer(current, q_start[chunks], grad_o[chunks])
+        if k_start is not None:
+            _add_outer(current, k_start[chunks], dw[chunks], alpha=-1)
 
     # Chunk-parallel: everything that needs no state order.
     dscore = (grad_o @ new.transpose(2, 3)).tril_()
-    dqk = _scale_by(dscore, chunk.decay) * scale
-    o_inter = grad_o @ before.transpose(2, 3)
-    dq_inter = _scale_by(o_inter, chunk.from_start) * scale
-    dq = dq_inter + dqk @ chunk.k
-    dk_write = _scale_by(new @ dafter.transpose(2, 3), chunk.to_end)
+    dqk = _times(dscore, chunk.decay) * scale
+    dq_inter = _times(grad_o @ before.transpose(2, 3), chunk.from_start).mul_(scale)
+    dk_write = _times(new @ dafter.transpose(2, 3), chunk.to_end)
     dk = dqk.transpose(2, 3) @ chunk.q + dk_write
-    dv = dw
-    dbeta = None
-    dgate_pairs = dscore * score if g is not None else None
+    dv, dbeta, dg = dw, _absent(v), _absent(v)
+    dgate_pairs = dscore.mul_(score) if g is not None else None
     dgate_rows = (chunk.q * dq_inter).sum(-1, keepdim=True) if g is not None else None
     if beta is not None:
         assert chunk.beta is not None
-        gram = chunk.k @ chunk.k.transpose(2, 3)
-        lower = _scale_by(gram, chunk.decay).tril_(-1)
+        lower = _times(chunk.k @ chunk.k.transpose(2, 3), chunk.decay).tril_(-1)
         dlower = (dw @ new.transpose(2, 3)).tril_(-1).neg_()
-        read = _scale_by(chunk.k @ before, chunk.from_start)
-        dbeta = (dw * (chunk.v - read - lower @ new)).sum(-1, keepdim=True)
+        read = _times(chunk.k @ before, chunk.from_start)
+        dbeta = _scatter((dw * (chunk.v - read - lower @ new)).sum(-1, keepdim=True), order, beta).squeeze(-1)
         dv = dw * chunk.beta
-        dgram = _scale_by(dlower * chunk.beta, chunk.decay)
-        dk += (dgram + dgram.transpose(2, 3)) @ chunk.k - _scale_by(dv, chunk.from_start) @ before.transpose(2, 3)
+        dlower *= chunk.beta
+        dgram = _times(dlower, chunk.decay)
+        dk += (dgram + dgram.transpose(2, 3)) @ chunk.k
+        dk -= _times(dv, chunk.from_start) @ before.transpose(2, 3)
         if dgate_pairs is not None and dgate_rows is not None:
-            dgate_pairs += dlower * lower * chunk.beta
+            dgate_pairs.addcmul_(dlower, lower)
             dgate_rows -= (dv * read).sum(-1, keepdim=True)
-    dg = _absent(v)
     if g is not None:
         assert dgate_pairs is not None and dgate_rows is not None and chunk.total is not None
         write = (chunk.k * dk_write).sum(-1, keepdim=True)
@@ -291,14 +297,15 @@ def chunk_bwd(
         end = (before * dafter).sum((2, 3), keepdim=True) * chunk.total + write.sum(2, keepdim=True)
         dcumulative[:, :, -1:] += end
         gate = dcumulative.flip(2).cumsum(2).flip(2)
-        dg = _rows(gate, rows, g).squeeze(-1) * row_mask(segment_start, segment_length, chunk_segment).unsqueeze(-1)
+        real = row_mask(segment_start, segment_length, chunk_segment).unsqueeze(1)
+        dg = _scatter(gate, order, g).squeeze(-1) * real
     return (
-        _rows(dq, rows, q, groups),
-        _rows(dk, rows, k, groups),
-        _rows(dv, rows, v),
+        _scatter(dq_inter.add_(dqk @ chunk.k), order, q, groups),
+        _scatter(dk, order, k, groups),
+        _scatter(dv, order, v),
         dg,
-        _absent(v) if dbeta is None or beta is None else _rows(dbeta, rows, beta).squeeze(-1),
-        _absent(v) if initial_state is None else dstate.to(initial_state.dtype),
+        dbeta,
+        _absent(v) if initial_state is None else _in_segment_order(dstate, order, initial_state.dtype),
     )
 
 
