@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .._layout import row_mask
 
+BLOCK = 512
+"""Rows worked on at once."""
+
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -48,16 +51,18 @@ def _final_source(width: int, segment_start: Tensor, segment_length: Tensor) -> 
     return torch.where(position >= 0, segment_start.long().unsqueeze(1) + position, history)
 
 
-def _linear(
-    x: Tensor, weight: Tensor, initial_state: Tensor | None, segment_start: Tensor, segment_length: Tensor
-) -> Tensor:
-    """The convolution before its activation; pad rows hold anything."""
-    width = weight.shape[1]
-    y = x * weight[:, -1]
+def _blocks(rows: int, width: int) -> list[tuple[int, int, int]]:
+    """(first row of the window, first row, end) of row blocks that stay in the cache."""
+    return [(max(start - width + 1, 0), start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
+
+
+def _linear(x: Tensor, taps: Tensor, low: int, start: int, end: int) -> Tensor:
+    """The convolution of rows ``[start, end)`` as if all were one sequence."""
+    width = taps.shape[1]
+    y = x[start:end] * taps[:, -1]
     for shift in range(1, width):
-        y[shift:].addcmul_(x[: x.shape[0] - shift], weight[:, width - 1 - shift])
-    rows, window, _ = _heads(x, initial_state, width, segment_start, segment_length)
-    y[rows] = (window * weight).sum(-1)
+        first = max(start - shift, low)
+        y[first + shift - start :].addcmul_(x[first : end - shift], taps[:, width - 1 - shift])
     return y
 
 
@@ -72,13 +77,24 @@ def short_conv_fwd(
 ) -> tuple[Tensor, Tensor]:
     dtype = _accumulate(x.dtype)
     width = weight.shape[1]
-    value = x.to(dtype)
-    y = _linear(value, weight.to(dtype), initial_state, segment_start, segment_length)
-    if activation == "silu":
-        y = torch.nn.functional.silu(y, inplace=True)
-    y.masked_fill_(~row_mask(segment_start, segment_length, chunk_segment).unsqueeze(1), 0)
+    value, taps = x.to(dtype), weight.to(dtype)
+    real = row_mask(segment_start, segment_length, chunk_segment).to(dtype).unsqueeze(1)
+    y = torch.empty_like(value)
+    for low, start, end in _blocks(x.shape[0], width):
+        torch.mul(_activate(_linear(value, taps, low, start, end), activation), real[start:end], out=y[start:end])
+    rows, window, _ = _heads(value, initial_state, width, segment_start, segment_length)
+    y[rows] = _activate((window * taps).sum(-1), activation)
     final_state = _take(value, initial_state, _final_source(width, segment_start, segment_length), width)
     return y.to(x.dtype), final_state.to(x.dtype).contiguous()
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    return torch.nn.functional.silu(x, inplace=True) if activation == "silu" else x
+
+
+def _through_activation(dy: Tensor, linear: Tensor, activation: str) -> Tensor:
+    """The gradient of the convolution from that of its activation."""
+    return torch.ops.aten.silu_backward(dy, linear) if activation == "silu" else dy.clone()
 
 
 def short_conv_bwd(
@@ -94,24 +110,24 @@ def short_conv_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulate(x.dtype)
     width = weight.shape[1]
-    value, taps = x.to(dtype), weight.to(dtype)
-    dlinear = dy.to(dtype, copy=True)
-    if activation == "silu":
-        linear = _linear(value, taps, initial_state, segment_start, segment_length)
-        sigmoid = torch.sigmoid(linear)
-        dlinear *= sigmoid * (1 + linear * (1 - sigmoid))
-    dlinear.masked_fill_(~row_mask(segment_start, segment_length, chunk_segment).unsqueeze(1), 0)
+    value, taps, dy = x.to(dtype), weight.to(dtype), dy.to(dtype)
 
     # Rows whose window leaves the segment go tap by tap to their sources, all others by shifted sums.
     rows, window, source = _heads(value, initial_state, width, segment_start, segment_length)
-    head = dlinear[rows]
-    dlinear[rows] = 0
+    head = _through_activation(dy[rows], (window * taps).sum(-1), activation)
+    interior = row_mask(segment_start, segment_length, chunk_segment)
+    interior[rows] = False
+    inside = interior.to(dtype).unsqueeze(1)
     dweight = (head.unsqueeze(-1) * window).sum(0)
-    dx = dlinear * taps[:, -1]
-    dweight[:, -1] += (dlinear * value).sum(0)
-    for shift in range(1, width):
-        dx[: dx.shape[0] - shift].addcmul_(dlinear[shift:], taps[:, width - 1 - shift])
-        dweight[:, width - 1 - shift] += (dlinear[shift:] * value[: value.shape[0] - shift]).sum(0)
+    dx = torch.zeros_like(value)
+    for low, start, end in _blocks(x.shape[0], width):
+        linear = _linear(value, taps, low, start, end)
+        grad = _through_activation(dy[start:end], linear, activation).mul_(inside[start:end])
+        for shift in range(width):
+            first = max(start - shift, 0)
+            part = grad[first + shift - start :]
+            dx[first : end - shift].addcmul_(part, taps[:, width - 1 - shift])
+            dweight[:, width - 1 - shift] += (part * value[first : end - shift]).sum(0)
     dhistory = x.new_zeros(segment_start.shape[0] * (width - 1), x.shape[1], dtype=dtype)
     _scatter(dx, dhistory, source, head.unsqueeze(-1) * taps)
     if dfinal_state is not None:
