@@ -119,7 +119,9 @@ def _convolve(
     else:
         history = state["conv_state"].to(x.dtype)
     padded = torch.cat([history, x.transpose(2, 3)], 3)  # [B, M', C, W-1 + T]
-    y = F.conv1d(padded.flatten(0, 1), layer.conv1d.to(x.dtype).unsqueeze(1), groups=channels)
+    # One depthwise convolution over the channels of all memories: the batch axis stays alone, as exporters want it.
+    weight = layer.conv1d.to(x.dtype).unsqueeze(1).repeat(memories, 1, 1)
+    y = F.conv1d(padded.flatten(1, 2), weight, groups=memories * channels)
     last = total + torch.arange(width - 1, device=x.device)  # [B, M', W-1]
     new_state = padded.gather(3, last.unsqueeze(2).expand(batch, memories, channels, width - 1))
-    return y.unflatten(0, (batch, memories)).transpose(2, 3), new_state
+    return y.unflatten(1, (memories, channels)).transpose(2, 3), new_state

@@ -116,7 +116,14 @@ def test_export_keeps_the_operators_whole(form: str, rule: str) -> None:
     batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", min=2, max=4096)
     state = model(tokens(2, 9)).state
     shapes = ({0: batch, 1: length}, tuple({name: {0: batch} for name in layer} for layer in state))
-    program = torch.export.export(_Exported(model, form), (tokens(2, 70), state), dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(
+        _Exported(model, form),
+        (tokens(2, 70), state),
+        dynamic_shapes=shapes,
+        strict=False,
+        # conv1d compares strides for channels-last; the comparison always holds but cannot be proved.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
     names = {str(node.target) for node in program.graph.nodes}
     expected = f"mom.chunk_{RULES[rule].op}.default" if form == "packed" else f"mom.recurrent_{RULES[rule].op}.default"
     assert expected in names and "mom.route.default" in names
