@@ -11,7 +11,7 @@ from torch import Tensor
 from .validate import validate_inputs
 
 if TYPE_CHECKING:
-    from .model import MoMForCausalLM
+    from .model import MoMForCausalLM, MoMOutput
     from .state import LayerState
 
 PREFILL_TOKENS = 4096
@@ -37,7 +37,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         return logits.argmax(-1)
     probability = torch.softmax(logits / temperature, -1)
     if top_p < 1:
-        ordered, order = probability.sort(-1, descending=True, stable=True)
+        ordered, order = probability.sort(dim=-1, descending=True, stable=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
         probability = torch.zeros_like(probability).scatter(-1, order, ordered)
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
@@ -66,7 +66,7 @@ def generate(
     seed: int | None = None,
     eos_token_id: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
-    decode: Callable[..., object] | None = None,
+    decode: Callable[..., MoMOutput] | None = None,
 ) -> Tensor:
     """Continue each row of ``input_ids``.
 
@@ -128,7 +128,8 @@ def generate(
         if index + 1 == max_new_tokens or bool(done.all()):
             break
         out = run(token.unsqueeze(1), state=state)
-        state, logits = out.state, out.logits[:, -1]  # type: ignore[attr-defined]
+        assert out.logits is not None
+        state, logits = out.state, out.logits[:, -1]
     return torch.cat(pieces, 1)
 
 

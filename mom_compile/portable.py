@@ -80,7 +80,14 @@ def forward(
         v = v * dt.unsqueeze(-1).to(v.dtype)
     recurrent_state = None if state is None else state["recurrent_state"].flatten(1, 2)
     o, final_state = recurrent(
-        name, _merge(q), _merge(k), _merge(v), _merge(g), _merge(beta), layer.scale, recurrent_state
+        name,
+        _merge(q),
+        _merge(k),
+        _merge(v),
+        None if g is None else _merge(g),
+        None if beta is None else _merge(beta),
+        layer.scale,
+        recurrent_state,
     )
     new_state["recurrent_state"] = final_state.unflatten(1, (memories, value_heads))
 
@@ -103,9 +110,9 @@ def _compact(x: Tensor, source: Tensor) -> Tensor:
     return x.gather(2, source.unsqueeze(-1).expand(*source.shape, x.shape[3]))
 
 
-def _merge(x: Tensor | None) -> Tensor | None:
+def _merge(x: Tensor) -> Tensor:
     """``[B, M', T, h, ...]`` -> ``[B, T, M' * h, ...]``."""
-    return None if x is None else x.transpose(1, 2).flatten(2, 3)
+    return x.transpose(1, 2).flatten(2, 3)
 
 
 def _convolve(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from models import tiny_model, tokens
@@ -24,7 +27,7 @@ def _bounds(documents: int, length: int) -> Tensor:
     return torch.cat([torch.tensor([0]), cuts, torch.tensor([length])])
 
 
-def _train_step(compiled: nn.Module, model: MoMForCausalLM, **inputs: Tensor) -> Tensor:
+def _train_step(compiled: Callable[..., Any], model: MoMForCausalLM, **inputs: Tensor) -> Tensor:
     model.zero_grad()
     loss = compiled(inputs["input_ids"], labels=inputs["input_ids"], cu_seqlens=inputs.get("cu_seqlens")).loss
     loss.backward()

@@ -54,7 +54,7 @@ def test_prefill_in_pieces(rule: str, form: str) -> None:
     model = tiny_model(rule)
     ids = tokens(2, 150)
     whole = model(ids, form=form)
-    state, pieces = None, []
+    state, pieces = model.init_state(2), []
     for start, stop in [(0, 2), (2, 3), (3, 67), (67, 150)]:
         out = model(ids[:, start:stop], state=state, form=form)
         state = out.state
@@ -163,7 +163,7 @@ def test_untouched_memories_stay_bit_identical() -> None:
 @torch.no_grad()
 def test_router_ties_go_to_the_lowest_index_in_every_form() -> None:
     model = tiny_model(num_hidden_layers=1, use_short_conv=False, shared_mem=False)
-    model.model.layers[0].attn.router.weight.zero_()
+    model.get_parameter("model.layers.0.attn.router.weight").zero_()
     state = model.init_state(1)
     for form in ("step", "packed", "portable"):
         after = model(tokens(1, 1), state=state, form=form).state[0]["recurrent_state"]

@@ -186,7 +186,7 @@ def _register_chunk(rule: Rule) -> Any:
         head = [rest.pop(0) for _ in range(3)]
         g = rest.pop(0) if gated else None
         beta = rest.pop(0) if delta else None
-        if rule.gate == "head":
+        if g is not None and rule.gate == "head":
             _check_head_gate(g, head[2])
             g = _expand_head_gate(g, tuple(rest[1:4]))  # type: ignore[arg-type]
         return (*head, g, beta, *rest)
@@ -308,7 +308,7 @@ def _register_recurrent(rule: Rule) -> tuple[Any, Any]:
         head = [rest.pop(0) for _ in range(3)]
         g = rest.pop(0) if gated else None
         beta = rest.pop(0) if delta else None
-        if rule.gate == "head":
+        if g is not None and rule.gate == "head":
             _check_head_gate(g, head[2])
             g = g.expand(*head[2].shape[:3])
         return (*head, g, beta, *rest)
@@ -338,7 +338,7 @@ def _register_recurrent(rule: Rule) -> tuple[Any, Any]:
 
     def inplace(triton: bool, args: tuple[Any, ...]) -> Tensor:
         family = split(args)
-        _check_recurrent(*family[:8], state_name="state")
+        _check_recurrent(*family[:8], "state")
         return _run_recurrent(triton, family, family[5])
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -350,7 +350,7 @@ def _register_recurrent(rule: Rule) -> tuple[Any, Any]:
     def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
         grads = _recurrent_backward(ctx.saved_tensors, ctx.scale, do, dfinal_state)
         dq, dk, dv, dg, dbeta, dinitial = grads
-        gate = (dg.sum((0, 1)) if rule.gate == "head" else dg,) if gated else ()
+        gate = (dg.sum((0, 1)) if dg is not None and rule.gate == "head" else dg,) if gated else ()
         return dq, dk, dv, *gate, *((dbeta,) if delta else ()), dinitial, None, None, None
 
     arguments = f"Tensor q, Tensor k, Tensor v, {'Tensor g, ' if gated else ''}{'Tensor beta, ' if delta else ''}"

@@ -1,0 +1,60 @@
+# `make demo` and `make test` work from a fresh clone with nothing but python3.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# constraints.txt pins what CI tests; CONSTRAINTS= installs the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: help install demo test test-interpret test-slow test-gpu check lint types kernels bench clean
+
+help:
+	@echo "make demo   train a small model, export it to ONNX, verify it, generate from the exported graph"
+	@echo "make test   the tests (make test-slow, test-gpu, kernels: the rest)"
+	@echo "make check  lint and types"
+	@echo "make bench  benchmarks"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[onnx,train,dev]'
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/mom-compile demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not kernels"
+	$(MAKE) test-interpret
+
+# The operators' own tests once more, through the Triton kernels, interpreted on the CPU.
+test-interpret: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow and not gpu and not kernels" $(INTERPRETED)
+
+INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+kernels: $(STAMP)
+	$(BIN)/python -m pytest -m kernels
+
+check: lint types
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/operators.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

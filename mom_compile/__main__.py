@@ -1,0 +1,7 @@
+"""``python -m mom_compile``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
