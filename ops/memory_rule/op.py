@@ -251,6 +251,7 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _check_recurrent(
+    state_name: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -259,7 +260,6 @@ def _check_recurrent(
     state: Tensor | None,
     state_indices: Tensor | None,
     cu_seqlens: Tensor | None,
-    state_name: str = "initial_state",
 ) -> None:
     _check_heads(q, k, v, g, beta, "B, T")
     if cu_seqlens is not None:
@@ -315,7 +315,7 @@ def _register_recurrent(rule: Rule) -> tuple[Any, Any]:
 
     def fake(*args: Any) -> tuple[Tensor, Tensor]:
         family = split(args)
-        _check_recurrent(*family[:8])
+        _check_recurrent("initial_state", *family[:8])
         q, v, initial_state = family[0], family[2], family[5]
         shape = (
             (_sequences(q, family[7]), v.shape[2], q.shape[3], v.shape[3])
@@ -326,7 +326,7 @@ def _register_recurrent(rule: Rule) -> tuple[Any, Any]:
 
     def functional(triton: bool, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         family = split(args)
-        _check_recurrent(*family[:8])
+        _check_recurrent("initial_state", *family[:8])
         q, v, initial_state = family[0], family[2], family[5]
         if initial_state is None:
             state = v.new_zeros(
@@ -338,7 +338,7 @@ def _register_recurrent(rule: Rule) -> tuple[Any, Any]:
 
     def inplace(triton: bool, args: tuple[Any, ...]) -> Tensor:
         family = split(args)
-        _check_recurrent(*family[:8], "state")
+        _check_recurrent("state", *family[:8])
         return _run_recurrent(triton, family, family[5])
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
