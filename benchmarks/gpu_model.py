@@ -57,8 +57,8 @@ def parity() -> None:
     for rule in RULES:
         torch.manual_seed(0)
         config = MoMConfig(
-            vocab_size=97, hidden_size=64, num_hidden_layers=1, num_heads=2, head_dim=32, update_rule=rule, hidden_ratio=1
-        )  # fmt: skip
+            vocab_size=97, hidden_size=64, num_hidden_layers=1, num_heads=2, head_dim=32, update_rule=rule,
+        )
         exact = MoMForCausalLM(config).double()
         model = MoMForCausalLM(config)
         model.load_state_dict({k: v.float() for k, v in exact.state_dict().items()})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .sampling import check_sampling
 from .validate import validate_inputs
 
 if TYPE_CHECKING:
@@ -41,16 +42,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
         probability = torch.zeros_like(probability).scatter(-1, order, ordered)
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raise unless the sampling options are in range."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}; pass how many tokens to add")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}; 0 is greedy, 1 leaves the logits")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}; 1 keeps every token")
 
 
 @torch.no_grad()

@@ -1,0 +1,169 @@
+"""What replaces the ``mom`` operators in an exported program, per target.
+
+The portable form of the layer holds three of them: ``mom::route``, ``mom::gated_rms_norm`` and one
+``mom::recurrent_<rule>`` on ``[B, T, M' * H, K]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
+from torch.nn import functional as F
+
+from ..ops import CHUNK, RULES
+from ..ops.memory_rule import Rule
+
+Lowering = Callable[..., Any]
+RuleLowering = Callable[..., tuple[Tensor, Tensor]]
+
+# Names of com.microsoft::LinearAttention's update rules.
+_ORT_RULES = {"linear": "linear", "retention": "gated", "mamba2": "gated", "delta": "delta", "gated_delta": "gated_delta"}
+
+
+def _route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    # ONNX TopK takes the lowest index among equals.
+    values, indices = torch.topk(logits, topk, -1)
+    return torch.softmax(values, -1), indices
+
+
+def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight * F.silu(gate)
+
+
+def linear_attention(
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One com.microsoft::LinearAttention node (version 1)."""
+    batch, length, heads, value_dim = v.shape
+    inputs: list[Tensor | None] = [q.flatten(2), k.flatten(2), v.flatten(2), state, g, beta]
+    while inputs[-1] is None:
+        inputs.pop()
+    o, final_state = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::LinearAttention",
+        tuple(inputs),
+        {
+            "update_rule": _ORT_RULES[rule.name],
+            "q_num_heads": q.shape[2],
+            "kv_num_heads": heads,
+            "scale": scale,
+        },
+        dtypes=(torch.float32, torch.float32),
+        shapes=((batch, length, heads * value_dim), state.shape),
+        version=1,
+    )
+    return o.unflatten(2, (heads, value_dim)), final_state
+
+
+def one_token(
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The rule for T = 1 in plain operators."""
+    q, k, v = q[:, 0].unsqueeze(2), k[:, 0].unsqueeze(2), v[:, 0].unsqueeze(2)  # [B, h, 1, d]
+    if g is not None:
+        state = state * g[:, 0, :, None, None].exp()
+    update = v if beta is None else beta[:, 0, :, None, None] * (v - k @ state)
+    state = state + k.transpose(2, 3) @ update
+    return ((q * scale) @ state).transpose(1, 2), state
+
+
+def chunked(
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The rule for any T in plain operators: chunks of 64 in parallel, then a scan that carries the state.
+
+    The decay between two tokens is summed from the tokens between them (a product of two triangular matrices), never as
+    a difference of cumulative sums: after a strong decay that difference has lost the small terms.
+    """
+    length = q.shape[1]
+    padding = (CHUNK - length % CHUNK) % CHUNK
+
+    def chunks(x: Tensor) -> Tensor:
+        """``[B, T, h, d]`` -> ``[NC, B * h, C, d]``."""
+        return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+    q, k, v = chunks(q * scale), chunks(k), chunks(v)
+    ones = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device)
+    lower, strict = ones.tril(), ones.tril(-1)
+    scores = (q @ k.transpose(2, 3)) * lower
+    k_end, q_start, k_start, total = k, q, k, None
+    decay = None
+    if g is not None:
+        steps = chunks(g.unsqueeze(-1))  # [NC, B * h, C, 1]
+        between = (lower * steps.transpose(2, 3)) @ strict  # sum of g over (j, i]
+        decay = between.exp() * lower
+        from_start = (lower @ steps).exp()
+        to_end = between[..., -1:, :].transpose(2, 3).exp()
+        total = from_start[..., -1:, :]
+        scores, k_end, q_start, k_start = scores * decay, k * to_end, q * from_start, k * from_start
+    if beta is None:
+        xs = [q_start, scores, k_end, v]
+    else:
+        strength = chunks(beta.unsqueeze(-1))
+        gram = (k @ k.transpose(2, 3)) * strength * strict
+        inverse = _block_inverse(gram if decay is None else gram * decay)
+        xs = [q_start, scores, k_end, v * strength, k_start * strength, inverse]
+    if total is not None:
+        xs.append(total)
+
+    def body(carry: Tensor, *rest: Tensor) -> list[Tensor]:
+        q_start, scores, k_end, v_new = rest[:4]
+        if beta is not None:
+            v_new = torch.bmm(rest[5], v_new - torch.bmm(rest[4], carry))
+        o = torch.bmm(q_start, carry) + torch.bmm(scores, v_new)
+        decayed = carry if total is None else carry * rest[-1]
+        return [decayed + torch.bmm(k_end.transpose(1, 2), v_new), o]
+
+    # The operator itself: torch's scan() would run Dynamo, which has no ranges for the sizes of a decomposition.
+    # Three axes and bmm in its body: a matmul of four would capture the batch size, which the converter refuses.
+    batch, heads = state.shape[:2]
+    state, o = scan_op(body, [state.flatten(0, 1)], xs, additional_inputs=())
+    o = o.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    return o, state.unflatten(0, (batch, heads))
+
+
+def _block_inverse(lower: Tensor) -> Tensor:
+    """``(I + L)^-1`` of strictly lower triangular ``[..., C, C]`` by merging diagonal blocks of 1, 2, 4, ... rows.
+
+    The entries stay bounded, where a Neumann doubling over the whole matrix overflows on correlated keys.
+    """
+    index = torch.arange(CHUNK, device=lower.device)
+    inverse = torch.eye(CHUNK, dtype=lower.dtype, device=lower.device)
+    result = inverse.expand_as(lower)
+    size = 1
+    while size < CHUNK:
+        row, column = index // size, index // size
+        corner = (row.unsqueeze(1) % 2 == 1) & (row.unsqueeze(1) - 1 == column)
+        result = result - result @ (lower * corner.to(lower.dtype)) @ result
+        size *= 2
+    return result
+
+
+def _rule_decomposition(rule: Rule, lowering: RuleLowering) -> Lowering:
+    """``mom::recurrent_<rule>`` with its own arguments -> the lowering with those of the family."""
+
+    def decomposition(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        arguments = list(rest)
+        g = arguments.pop(0) if rule.gate != "none" else None
+        beta = arguments.pop(0) if rule.delta else None
+        state, state_indices, cu_seqlens, scale = arguments
+        assert state is not None and state_indices is None and cu_seqlens is None
+        return lowering(rule, q, k, v, g, beta, state, float(scale))
+
+    return decomposition
+
+
+def decompositions(target: str, decode: bool) -> dict[Any, Lowering]:
+    """Operator -> replacement for ``ExportedProgram.run_decompositions``."""
+    rule_lowering = linear_attention if target == "onnxruntime" else one_token if decode else chunked
+    table: dict[Any, Lowering] = {
+        torch.ops.mom.route.default: _route,
+        torch.ops.mom.gated_rms_norm.default: _gated_rms_norm,
+    }
+    for rule in RULES.values():
+        op = getattr(torch.ops.mom, f"recurrent_{rule.op}").default
+        table[op] = _rule_decomposition(rule, rule_lowering)
+    return table

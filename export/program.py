@@ -1,0 +1,75 @@
+"""The exported program: tokens and a flat state in, logits and the new state out, in the shapes of the ONNX contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MoMConfig
+from ..model import MoMForCausalLM
+from ..state import layer_shapes
+
+MAX_BATCH, MAX_LENGTH = 4096, 1 << 20
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70  # longer than one chunk: an example inside it would freeze the graph to one
+
+
+def state_names(config: MoMConfig) -> list[tuple[int, str]]:
+    """(layer, name) of every state tensor in graph order."""
+    return [(layer, name) for layer in range(config.num_hidden_layers) for name in layer_shapes(config, 1)]
+
+
+def flat_shapes(config: MoMConfig, batch_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of one layer's state as the graphs carry it: memories and heads (channels) in one axis."""
+    return {name: (shape[0], shape[1] * shape[2], *shape[3:]) for name, shape in layer_shapes(config, batch_size).items()}
+
+
+class StateProgram(nn.Module):
+    """``forward(input_ids, past) -> (logits, present)`` over the portable form; ``past`` is a flat list of tensors."""
+
+    def __init__(self, model: MoMForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.names = state_names(model.config)
+
+    def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """input_ids ``[B, T]``, past as :func:`flat_shapes`; logits ``[B, T, vocab_size]``."""
+        memories = self.model.config.total_memories
+        state: list[dict[str, Tensor]] = [{} for _ in range(self.model.config.num_hidden_layers)]
+        for (layer, name), tensor in zip(self.names, past, strict=True):
+            state[layer][name] = tensor.unflatten(1, (memories, -1))
+        out = self.model(input_ids, state=tuple(state), form="portable")
+        assert out.logits is not None
+        return out.logits, [out.state[layer][name].flatten(1, 2) for layer, name in self.names]
+
+
+def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tensor, list[Tensor]]:
+    """Tokens and a non-zero state."""
+    config = model.config
+    weight = model.lm_head.weight
+    ids = torch.arange(batch * length, device=weight.device).view(batch, length) % config.vocab_size
+    shapes = flat_shapes(config, batch)
+    past = [torch.full(shapes[name], 0.01, device=weight.device) for _, name in state_names(config)]
+    return ids, past
+
+
+def export_program(model: MoMForCausalLM, decode: bool) -> torch.export.ExportedProgram:
+    """The torch.export program: dynamic batch; one token for decode, any length for prefill."""
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
+    ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else EXAMPLE_LENGTH)
+    ids_shape: dict[int, Any] = {0: batch} if decode else {0: batch, 1: length}
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                StateProgram(model.eval()),
+                (ids, past),
+                dynamic_shapes=(ids_shape, [{0: batch}] * len(past)),
+                strict=False,
+                # conv1d compares strides for channels-last; the comparison always holds but cannot be proved.
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    finally:
+        model.train(was_training)

@@ -1,0 +1,56 @@
+"""Generate text from this folder with numpy and onnxruntime alone:  python run.py "The " --max-new-tokens 100"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+FOLDER = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prompt", nargs="?", default="The ")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    args = parser.parse_args()
+    manifest = json.loads((FOLDER / "manifest.json").read_text())
+    sessions = {
+        name: onnxruntime.InferenceSession(str(FOLDER / file), providers=["CPUExecutionProvider"])
+        for name, file in manifest["graphs"].items()
+    }
+    if manifest["tokenizer"] == "tokenizers":
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+        ids = tokenizer.encode(args.prompt).ids
+        text = tokenizer.decode
+    else:  # one token per byte
+        ids = list(args.prompt.encode())
+
+        def text(tokens: list[int]) -> str:
+            return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    state = {
+        f"past_key_values.{layer}.{entry['name']}": np.zeros(
+            (1, entry["shape"][0] * entry["shape"][1], *entry["shape"][2:]), np.float32
+        )
+        for layer in range(manifest["config"]["num_hidden_layers"])
+        for entry in manifest["state"]
+    }
+    tokens, done = np.array([ids], np.int64), list(ids)
+    for _ in range(args.max_new_tokens):
+        session = sessions["decode" if tokens.shape[1] == 1 else "prefill"]
+        logits, *present = session.run(None, {"input_ids": tokens, **state})
+        state = dict(zip(state, present))  # noqa: B905 the outputs come in the order of the inputs
+        tokens = logits[:, -1:].argmax(-1)
+        if tokens[0, 0] == manifest["config"]["eos_token_id"]:
+            break
+        done.append(int(tokens[0, 0]))
+    sys.stdout.write(text(done) + "\n")
+
+
+if __name__ == "__main__":
+    main()
