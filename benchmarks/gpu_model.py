@@ -57,7 +57,12 @@ def parity() -> None:
     for rule in RULES:
         torch.manual_seed(0)
         config = MoMConfig(
-            vocab_size=97, hidden_size=64, num_hidden_layers=1, num_heads=2, head_dim=32, update_rule=rule,
+            vocab_size=97,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_heads=2,
+            head_dim=32,
+            update_rule=rule,
         )
         exact = MoMForCausalLM(config).double()
         model = MoMForCausalLM(config)

@@ -30,8 +30,8 @@ def require_onnxruntime() -> ModuleType:
             continue
     if len(found) > 1:
         raise ImportError(
-            f"one of {' and '.join(RUNTIME_PACKAGES)} must be installed, got {' and '.join(found)}, which overwrite each "
-            "other; run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
+            f"one of {' and '.join(RUNTIME_PACKAGES)} must be installed, got {' and '.join(found)}, which overwrite "
+            "each other; run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
         )
     runtime = require("onnxruntime")
     version = tuple(int(part) for part in runtime.__version__.split(".")[:2])
