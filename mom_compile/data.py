@@ -139,7 +139,7 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, held_out: float = 0.05)
     train, tail = (_stream(part, tokenizer) for part in parts)
     digest = hashlib.sha256(f"{tokenizer.name} {tokenizer.vocab_size} {len(train)} {len(tail)}".encode())
     for stream in (train, tail):
-        digest.update(np.ascontiguousarray(stream.ids, "<i4"))
+        digest.update(stream.ids.astype("<i4").tobytes())
     return TextData(train, tail, digest.hexdigest())
 
 
