@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 
 
@@ -22,3 +24,16 @@ def require(module: str, extra: str) -> ModuleType:
         raise ImportError(
             f'{module} must be installed for this, got {error}; run: pip install "mom-compile[{extra}]"'
         ) from error
+
+
+def check_installed(modules: Sequence[str], extra: str) -> None:
+    """Raise unless all modules could be imported, without importing them: before long work, not after it.
+
+    Raises:
+        ImportError: one is missing; the text names the command that installs it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(
+                f'{module} must be installed for this, got no such package; run: pip install "mom-compile[{extra}]"'
+            )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._extras import require
+from ._extras import check_installed, require
 from ._files import atomic_directory, write_json
 from .checkpoint import (
     TrainerState,
@@ -228,10 +228,10 @@ class Trainer:
     ) -> None:
         self.config = config
         self.folder = Path(config.out)
-        self.say = say or (lambda message: print(message, file=sys.stderr))
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        require("matplotlib", "train")  # now rather than after an hour of training
+        check_installed(("matplotlib",), "train")
         self._tqdm = require("tqdm", "train").tqdm
+        self.say = say or (lambda message: self._tqdm.write(message, file=sys.stderr))
         saved = self._saved_state(resume)
         self.tokenizer = tokenizer or load_tokenizer(self._tokenizer_source(resume))
         self.data = data or tokenize(read_texts(config.data), self.tokenizer, config.held_out)
@@ -479,11 +479,13 @@ class Trainer:
 
     def _bar(self) -> Any:
         config = self.config
-        unit = "step" if config.max_steps else "s"
+        seconds = round(config.max_seconds or 0)
+        by_time = None if config.max_steps else "{l_bar}{bar}| {n_fmt}/{total_fmt} s{postfix}"
         return self._tqdm(
-            total=config.max_steps or round(config.max_seconds or 0),
-            initial=self.step if config.max_steps else min(int(self.elapsed), round(config.max_seconds or 0)),
-            unit=unit,
+            total=config.max_steps or seconds,
+            initial=self.step if config.max_steps else min(int(self.elapsed), seconds),
+            unit="step",
+            bar_format=by_time,
             disable=not config.progress,
             dynamic_ncols=True,
             file=sys.stderr,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +261,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["eval", str(out / "model"), "--data", str(text), "--reset-every", "16"]) == 0
     printed = capsys.readouterr().out
     assert "bits per byte" in printed and "memories, layer 0" in printed
+
+
+def test_a_missing_extra_is_named_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'matplotlib must be installed.*run: pip install "mom-compile\[train\]"'):
+        make(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r'tqdm must be installed.*run: pip install "mom-compile\[train\]"'):
+        make(tmp_path / "run")

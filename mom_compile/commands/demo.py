@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     from ..demo import demo_folder, run_demo
 
     with demo_folder(args.out, args.keep) as folder:
-        report = run_demo(folder, args.text, args.seconds, say=lambda message: print(message, flush=True))
+        report = run_demo(folder, args.text, args.seconds)
     print("\nFrom the exported graph:\n")
     print("\n".join("    " + line for line in report.sample.splitlines()))
     print(f"\n{report.table()}\n")
