@@ -169,10 +169,7 @@ def run_demo(
     report.add("parameters", f"{parameters:,}")
     report.add("text", f"{data.train.num_bytes:,} bytes to train on, {data.held_out.num_bytes:,} held out")
     before = evaluate(model, data.held_out, batch_size=64, max_tokens=16384).bits_per_byte
-    say(
-        f"training {parameters:,} parameters for {seconds:.0f} s"
-        + (", after compiling the step (about a minute the first time)" if trainer.compiled else "")
-    )
+    say(f"training {parameters:,} parameters for {seconds:.0f} s")
     if not trainer.run():
         raise KeyboardInterrupt
     _judge(report, model, data, before)

@@ -50,6 +50,8 @@ CHANGEABLE = (
     "data",
     "max_steps",
     "max_seconds",
+    "learning_rate",
+    "clip",
     "compile",
     "device",
     "log_every",
@@ -377,6 +379,8 @@ class Trainer:
         self._write_config()
         complete = False
         first, start_step = True, self.step
+        if self.compiled:
+            self.say("compiling the training step: about a minute, less the next time")
         with _InterruptFlag() as interrupt, self._metrics() as metrics, self._bar() as bar:
             since, since_tokens = time.perf_counter(), 0
             while self.progress() < 1 and not interrupt.raised:

@@ -271,3 +271,41 @@ def test_a_missing_extra_is_named_before_the_training(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r'tqdm must be installed.*run: pip install "mom-compile\[train\]"'):
         make(tmp_path / "run")
+
+
+def test_bf16_autocast_leaves_the_weights_in_float32(tmp_path: Path) -> None:
+    full, half = make(tmp_path / "full"), make(tmp_path / "half", bf16=True)
+    a, b = full.train_step(), half.train_step()
+    assert a.loss == pytest.approx(b.loss, rel=1e-2) and a.loss != b.loss
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=5e-2)
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    assert {v.dtype for s in half.optimizer.state.values() for v in s.values()} == {torch.float32}
+
+
+def test_training_with_a_tokenizer_file_counts_bytes_exactly(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    )
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = TrainConfig(
+        data=[str(tmp_path / "text.txt")], out=str(tmp_path / "run"), tokenizer=str(tmp_path / "tokenizer.json"),
+        batch_size=2, seq_len=16, max_steps=2, compile=False, device="cpu", progress=False,
+    )  # fmt: skip
+    trainer = Trainer(config, tiny_config(vocab_size=280), say=lambda message: None)
+    assert trainer.data.train.num_bytes + trainer.data.held_out.num_bytes == len(TEXT)
+    result = trainer.train_step()
+    assert 32 < result.num_bytes and result.num_tokens == 32
+    assert result.bits_per_byte == pytest.approx(result.loss * 32 / math.log(2) / result.num_bytes)
+    trainer.save()
+    (tmp_path / "tokenizer.json").unlink()
+    again = Trainer(config, resume=True, say=lambda message: None)  # the checkpoint has a copy
+    assert again.tokenizer.name == "tokenizers" and again.step == 1
+    assert again.run() and (tmp_path / "run" / "model" / "tokenizer.json").is_file()
