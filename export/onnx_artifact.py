@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._extras import check_installed
 from .._files import atomic_directory
 from ..model import MoMForCausalLM
 from ..state import layer_shapes
-from ._extras import require, require_onnxruntime
+from ..tokenizer import BYTE_VOCAB_SIZE
+from ._onnxruntime import require_onnxruntime
 from .artifact import is_artifact, write_manifest
 from .lowerings import decompositions
 from .program import export_program, state_names
@@ -35,7 +37,6 @@ WEIGHTS_FILE = "weights.bin"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can read them
 ALIGNMENT = 64
-BYTE_VOCABULARY = 257
 
 
 def to_onnx(
@@ -48,8 +49,8 @@ def to_onnx(
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
     The folder holds ``prefill.onnx`` (any batch and length), ``decode.onnx`` (one token), their common ``weights.bin``,
-    ``manifest.json``, a reference to verify against later, ``run.py`` and the tokenizer. Inputs ``input_ids`` ``[B, T]``
-    int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]`` and ``past_key_values.{i}.recurrent_state``
+    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. Inputs ``input_ids`` ``[B, T]``
+    int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]``, ``past_key_values.{i}.recurrent_state``
     ``[B, M'*HV, K, V]`` float32; outputs ``logits`` ``[B, T, vocab_size]`` and ``present.{i}.*`` in the same shapes.
 
     Args:
@@ -71,8 +72,7 @@ def to_onnx(
 
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
-    for name in ("onnx", "onnxscript", "onnx_ir"):
-        require(name)
+    check_installed(("onnx", "onnxscript", "onnx_ir"), "onnx")
     runtime = require_onnxruntime()
     folder = Path(directory)
     if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder):
@@ -127,7 +127,7 @@ def _write_tokenizer(folder: Path, tokenizer: str | os.PathLike[str] | None, voc
             raise ValueError(f"tokenizer must be a tokenizer.json file, got {str(source)!r}; pass its path")
         shutil.copyfile(source, folder / "tokenizer.json")
         return "tokenizers"
-    return "byte" if vocab_size == BYTE_VOCABULARY else "none"
+    return "byte" if vocab_size == BYTE_VOCAB_SIZE else "none"
 
 
 class _Weights:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..config import MoMConfig
 from ..sampling import check_sampling, sample
-from ._extras import require_onnxruntime
+from ._onnxruntime import require_onnxruntime
 from .artifact import read_manifest
 
 LayerState = dict[str, NDArray[Any]]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._extras import require
 from ..config import MoMConfig
-from ._extras import require
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 TARGET_DOMAINS = {"portable": STANDARD_DOMAINS, "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft")}
@@ -16,7 +16,7 @@ TARGET_DOMAINS = {"portable": STANDARD_DOMAINS, "onnxruntime": (*STANDARD_DOMAIN
 
 def describe_graph(path: Path) -> dict[str, Any]:
     """Inputs and outputs (name, dtype, shape), opsets and operator counts of a saved graph."""
-    onnx = require("onnx")
+    onnx = require("onnx", "onnx")
     model = onnx.load(str(path), load_external_data=False)
     return {
         "inputs": [_describe_value(onnx, value) for value in model.graph.input],
@@ -61,7 +61,7 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the graph and what differs.
     """
-    onnx = require("onnx")
+    onnx = require("onnx", "onnx")
     config = MoMConfig.from_dict(manifest["config"])
     shapes = {entry["name"]: tuple(entry["shape"]) for entry in manifest["state"]}
     allowed = TARGET_DOMAINS[manifest["target"]]

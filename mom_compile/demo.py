@@ -150,6 +150,8 @@ def run_demo(
     """
     begin = time.perf_counter()
     check_installed(("onnx", "onnxscript", "onnxruntime"), "onnx")
+    from .export import to_onnx
+
     folder = Path(out)
     report = Report()
     if text is None:
@@ -182,8 +184,9 @@ def run_demo(
     for target in TARGETS:
         say(f"exporting for {target} and verifying the graph")
         artifact = folder / target
-        passed, parity = _export(exported, tokenizer, artifact, target)
-        report.add(f"parity of {target}", parity, passed, "export verifies it")
+        parity = to_onnx(exported, artifact, target=target)
+        required = f"relative error at most {parity.tolerance:g}"
+        report.add(f"parity of {target}", f"{parity.error:.1e}", parity.passed, required)
     say("generating from the exported graph")
     report.sample, runtime_speed = _generate(folder / TARGETS[0], tokenizer)
     report.add("decode, onnxruntime", f"{runtime_speed:,.0f} tokens/s")
@@ -232,25 +235,16 @@ def _judge(report: Report, model: MoMForCausalLM, data: TextData, before: float)
         )
 
 
-def _export(model: MoMForCausalLM, tokenizer: Tokenizer, folder: Path, target: str) -> tuple[bool, str]:
-    """Write a verified artifact; whether it agrees with the model, and how well in words."""
-    from .export import to_onnx
-
-    export: Any = to_onnx
-    parity = export(model, folder, target=target)
-    tokenizer.save(folder)
-    return True, str(parity)
-
-
 def _generate(folder: Path, tokenizer: Tokenizer) -> tuple[str, float]:
     """A continuation of the prompt from an artifact, by onnxruntime, and its speed in tokens/s."""
     from .export import load
 
-    runner: Any = load(folder)
+    runner = load(folder)
     prompt = [tokenizer.encode(PROMPT)]
-    options: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 0, "eos_token_id": -1}
     ids: list[int] = []
-    for step, token in enumerate(runner.generate(prompt, GENERATED, **options)):
+    for step, token in enumerate(
+        runner.generate(prompt, GENERATED, temperature=0.7, top_p=0.9, seed=0, eos_token_id=-1)
+    ):
         if step == 1:
             begin = time.perf_counter()  # the first token pays for opening the graphs
         ids.append(int(token[0]))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from models import tiny_model
 
-from mom_compile import MoMForCausalLM, export
+from mom_compile import MoMForCausalLM, _extras, export
 from mom_compile.cli import main
-from mom_compile.export import _extras, artifact
+from mom_compile.export import _onnxruntime, artifact
 
 
 @pytest.fixture
@@ -121,10 +121,10 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path
 
 def test_missing_and_double_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r'pip install "mom-compile\[onnx\]"'):
-        _extras.require("a_package_that_is_not_there")
-    monkeypatch.setattr(_extras.metadata, "version", lambda name: "1.30")
+        _extras.require("a_package_that_is_not_there", "onnx")
+    monkeypatch.setattr(_onnxruntime.metadata, "version", lambda name: "1.30")
     with pytest.raises(ImportError, match=r"pip uninstall -y onnxruntime onnxruntime-gpu"):
-        _extras.require_onnxruntime()
+        _onnxruntime.require_onnxruntime()
 
 
 def test_an_old_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,4 +132,4 @@ def test_an_old_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
     with pytest.raises(ImportError, match=r"at least 1\.24, got 1\.20\.1; run: pip install --upgrade"):
-        _extras.require_onnxruntime()
+        _onnxruntime.require_onnxruntime()
