@@ -41,7 +41,12 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> No
     device = next(x.device for x in args if isinstance(x, Tensor))
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **config.constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        kernel[grid](*args, **config.constants, **options(config.num_warps, config.num_stages))
+
+
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Launch options. Fusing products and sums is said aloud: its default differs between versions of Triton."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def pointer(dtype: torch.dtype) -> str:

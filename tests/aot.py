@@ -14,6 +14,7 @@ from typing import Any
 
 import mom_compile.ops as ops
 from mom_compile.ops._kernel_variant import KernelVariant
+from mom_compile.ops._launch import options
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Resources:
     }
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=options(variant.num_warps, variant.num_stages))
     registers, spills = _usage(compiled.asm["cubin"])
     return Resources(compiled.metadata.shared, registers, spills)
 

@@ -208,9 +208,9 @@ def place_kernel(
     selected = member >= 0
     one = selected.to(tl.int32)
     before = tl.cumsum(one, 0) - one
-    before += tl.load(
-        block_offset + column.to(tl.int64) * (blocks + 1) + block, mask=column < M + SHARED, other=0
-    )[None, :]
+    before += tl.load(block_offset + column.to(tl.int64) * (blocks + 1) + block, mask=column < M + SHARED, other=0)[
+        None, :
+    ]
 
     sequence = tl.minimum(_count_up_to(bounds + 1, token, sequences, steps), sequences - 1)
     segment = sequence.to(tl.int64)[:, None] * (M + SHARED) + column[None, :]

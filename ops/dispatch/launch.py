@@ -65,9 +65,7 @@ def dispatch(
     tables = indices, mask, cu_seqlens
     launch(count_kernel, (blocks,), config, *tables, block_count, tokens, sequences, blocks)
     launch(scan_kernel, (memories,), Config({}), block_count, block_offset, blocks)
-    launch(
-        bound_kernel, (sequences + 1,), config, *tables, block_offset, bound_count, tokens, sequences, blocks
-    )
+    launch(bound_kernel, (sequences + 1,), config, *tables, block_offset, bound_count, tokens, sequences, blocks)
     launch(
         segment_kernel, (1,), _segment_config(memories, chunk_size),
         bound_count, segment_start, segment_length, end_chunk, group_offset, sequences,

@@ -50,22 +50,26 @@ def grouped_linear_fwd_kernel(
     zero = tl.zeros([BLOCK_R, BLOCK_N], y.dtype.element_ty)
     tl.store(out, zero, mask=outside[:, None] & (column < N)[None, :])
 
+    lane = tl.arange(0, BLOCK_D)
     for group in range(first_group, last_group + 1):
         low = _group_bound(group_offset, group, rows)
         high = _group_bound(group_offset, group + 1, rows)
         own = (row >= low) & (row < high)
-        left = x + row.to(tl.int64)[:, None] * D
+        left = x + row.to(tl.int64)[:, None] * D + lane[None, :]
         right = weight + (group + tl.zeros([], tl.int64)) * stride_g + column.to(tl.int64)[None, :] * stride_n
+        right += lane.to(tl.int64)[:, None] * stride_d
         total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
         for first in range(0, D, BLOCK_D):
-            inner = first + tl.arange(0, BLOCK_D)
-            a = tl.load(left + inner[None, :], mask=own[:, None] & (inner < D)[None, :], other=0.0)
-            b = tl.load(
-                right + inner.to(tl.int64)[:, None] * stride_d,
-                mask=(inner < D)[:, None] & (column < N)[None, :],
-                other=0.0,
-            )
+            left_mask = own[:, None]
+            right_mask = (column < N)[None, :]
+            if D % BLOCK_D != 0:
+                left_mask = left_mask & (first + lane < D)[None, :]
+                right_mask = right_mask & (first + lane < D)[:, None]
+            a = tl.load(left, mask=left_mask, other=0.0)
+            b = tl.load(right, mask=right_mask, other=0.0)
             total = tl.dot(a, b, total, input_precision="ieee")
+            left += BLOCK_D
+            right += (BLOCK_D + tl.zeros([], tl.int64)) * stride_d
         tl.store(out, total.to(y.dtype.element_ty), mask=own[:, None] & (column < N)[None, :])
 
 
@@ -96,9 +100,7 @@ def grouped_linear_dweight_kernel(
         row = first + tl.arange(0, BLOCK_R)
         own = row < high
         wide = row.to(tl.int64)
-        a = tl.load(
-            dy + wide[None, :] * N + column[:, None], mask=own[None, :] & (column < N)[:, None], other=0.0
-        )
+        a = tl.load(dy + wide[None, :] * N + column[:, None], mask=own[None, :] & (column < N)[:, None], other=0.0)
         b = tl.load(x + wide[:, None] * D + inner[None, :], mask=own[:, None] & (inner < D)[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     out = dweight + (group.to(tl.int64) * N + column)[:, None] * D + inner[None, :]

@@ -44,7 +44,7 @@ def _convolve(
 ):
     """The convolution before its activation at ``position``."""
     linear = tl.zeros([position.shape[0], feature.shape[0]], tl.float32)
-    for tap in tl.static_range(WIDTH):
+    for tap in range(WIDTH):
         factor = tl.load(weight + feature * WIDTH + tap, mask=feature < F, other=0.0).to(tl.float32)
         back = position + (tap - (WIDTH - 1))
         linear += _source(x, state, segment, start, back, feature, length, rows, F, WIDTH, NEAR) * factor[None, :]
@@ -65,14 +65,14 @@ def _gradient(dy, linear, start, position, feature, length, rows, F: tl.constexp
 
 
 @triton.jit
-def _chunk(segment_start, segment_length, chunk_segment, chunk, segments, CHUNK: tl.constexpr):
-    """Segment of a chunk, its first row and length (0 where the chunk is unused), the chunk's first position."""
+def _segment(segment_start, segment_length, chunk_segment, chunk, segments):
+    """Segment of a chunk, its first row and length (0 where the chunk is unused)."""
     segment = tl.load(chunk_segment + chunk)
     used = (segment >= 0) & (segment < segments)
     segment = tl.where(used, segment, 0)
     start = tl.load(segment_start + segment, mask=used, other=0)
     length = tl.load(segment_length + segment, mask=used, other=0)
-    return segment, start, length, chunk * CHUNK - start
+    return segment, start, length
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -90,13 +90,16 @@ def short_conv_fwd_kernel(
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     FEATURE_BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    chunk = tl.program_id(0) // FEATURE_BLOCKS
+    block = tl.program_id(0) // FEATURE_BLOCKS
     feature = tl.program_id(0) % FEATURE_BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
-    segment, start, length, first = _chunk(segment_start, segment_length, chunk_segment, chunk, segments, CHUNK)
-    position = first + tl.arange(0, CHUNK)
+    chunk = block // (CHUNK // BLOCK_R)
+    segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments)
+    first = block * BLOCK_R - start
+    position = first + tl.arange(0, BLOCK_R)
     if first < WIDTH - 1:
         linear = _convolve(x, weight, state, segment, start, position, feature, length, rows, F, WIDTH, True)
     else:
@@ -104,7 +107,7 @@ def short_conv_fwd_kernel(
     if SILU:
         linear = linear * tl.sigmoid(linear)
     real = (position >= 0) & (position < length)
-    row = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    row = block.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     result = tl.where(real[:, None], linear, 0.0).to(y.dtype.element_ty)
     tl.store(y + row[:, None] * F + feature[None, :], result, mask=(feature < F)[None, :])
 
@@ -130,9 +133,7 @@ def final_state_kernel(
     start = tl.load(segment_start + segment)
     length = tl.load(segment_length + segment)
     slot = tl.arange(0, BLOCK_W)
-    value = _source(
-        x, state, segment, start, length - (WIDTH - 1) + slot, feature, length, rows, F, WIDTH, True
-    )
+    value = _source(x, state, segment, start, length - (WIDTH - 1) + slot, feature, length, rows, F, WIDTH, True)
     address = final_state + (segment.to(tl.int64) * F + feature)[None, :] * (WIDTH - 1) + slot[:, None]
     mask = (slot < WIDTH - 1)[:, None] & (feature < F)[None, :]
     tl.store(address, value.to(final_state.dtype.element_ty), mask=mask)
@@ -146,8 +147,7 @@ def _rows_gradient(
     weight,
     state,
     dx,
-    partial,
-    chunk,
+    dweight,
     segment,
     start,
     length,
@@ -157,22 +157,23 @@ def _rows_gradient(
     F: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     NEAR: tl.constexpr,
 ):
-    position = first + tl.arange(0, CHUNK)
+    """Writes dx of BLOCK_R rows; returns the taps' gradient ``[BLOCK_W, BLOCK_F]`` with their share added."""
+    position = first + tl.arange(0, BLOCK_R)
     channel = feature < F
-    # What the own position's convolution gives to the taps, and to its last input.
     linear = _convolve(x, weight, state, segment, start, position, feature, length, rows, F, WIDTH, NEAR)
     grad = _gradient(dy, linear, start, position, feature, length, rows, F, SILU)
-    for tap in tl.static_range(WIDTH):
+    for tap in range(WIDTH):
         back = position + (tap - (WIDTH - 1))
         value = _source(x, state, segment, start, back, feature, length, rows, F, WIDTH, NEAR)
-        address = partial + (chunk.to(tl.int64) * WIDTH + tap) * F + feature
-        tl.store(address, tl.sum(grad * value, 0), mask=channel)
+        share = tl.sum(grad * value, 0)
+        dweight += tl.where((tl.arange(0, BLOCK_W) == tap)[:, None], share[None, :], 0.0)
     total = grad * tl.load(weight + feature * WIDTH + (WIDTH - 1), mask=channel, other=0.0).to(tl.float32)[None, :]
     # The next WIDTH-1 positions read this row as well: their convolution is computed again.
-    for shift in tl.static_range(1, WIDTH):
+    for shift in range(1, WIDTH):
         later = position + shift
         linear = _convolve(x, weight, state, segment, start, later, feature, length, rows, F, WIDTH, NEAR)
         grad = _gradient(dy, linear, start, later, feature, length, rows, F, SILU)
@@ -180,12 +181,15 @@ def _rows_gradient(
         total += grad * factor[None, :]
     real = (position >= 0) & (position < length)
     if dfinal is not None:
-        slot = position - (length - (WIDTH - 1))
-        address = dfinal + (segment.to(tl.int64) * F + feature)[None, :] * (WIDTH - 1) + slot[:, None]
-        total += tl.load(address, mask=(real & (slot >= 0))[:, None] & channel[None, :], other=0.0).to(tl.float32)
-    row = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+        if first + BLOCK_R > length - (WIDTH - 1):
+            slot = position - (length - (WIDTH - 1))
+            address = dfinal + (segment.to(tl.int64) * F + feature)[None, :] * (WIDTH - 1) + slot[:, None]
+            mask = (real & (slot >= 0))[:, None] & channel[None, :]
+            total += tl.load(address, mask=mask, other=0.0).to(tl.float32)
+    row = (start + position).to(tl.int64)
     result = tl.where(real[:, None], total, 0.0).to(dx.dtype.element_ty)
     tl.store(dx + row[:, None] * F + feature[None, :], result, mask=channel[None, :])
+    return dweight
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -206,23 +210,31 @@ def short_conv_bwd_kernel(
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """dx of one chunk, and its share of the taps' gradient: ``partial [chunks, WIDTH, F]``."""
     FEATURE_BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     chunk = tl.program_id(0) // FEATURE_BLOCKS
     feature = tl.program_id(0) % FEATURE_BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
-    segment, start, length, first = _chunk(segment_start, segment_length, chunk_segment, chunk, segments, CHUNK)
-    if first < WIDTH - 1:
-        _rows_gradient(
-            dy, dfinal, x, weight, state, dx, partial, chunk, segment, start, length, first, feature, rows,
-            F, WIDTH, SILU, CHUNK, True,
-        )  # fmt: skip
-    else:
-        _rows_gradient(
-            dy, dfinal, x, weight, state, dx, partial, chunk, segment, start, length, first, feature, rows,
-            F, WIDTH, SILU, CHUNK, False,
-        )  # fmt: skip
+    segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments)
+    dweight = tl.zeros([BLOCK_W, BLOCK_F], tl.float32)
+    for step in range(CHUNK // BLOCK_R):
+        first = chunk * CHUNK + step * BLOCK_R - start
+        if first < WIDTH - 1:
+            dweight = _rows_gradient(
+                dy, dfinal, x, weight, state, dx, dweight, segment, start, length, first, feature, rows,
+                F, WIDTH, SILU, BLOCK_R, BLOCK_W, True,
+            )  # fmt: skip
+        else:
+            dweight = _rows_gradient(
+                dy, dfinal, x, weight, state, dx, dweight, segment, start, length, first, feature, rows,
+                F, WIDTH, SILU, BLOCK_R, BLOCK_W, False,
+            )  # fmt: skip
+    tap = tl.arange(0, BLOCK_W)
+    address = partial + (chunk.to(tl.int64) * WIDTH + tap)[:, None] * F + feature[None, :]
+    tl.store(address, dweight, mask=(tap < WIDTH)[:, None] & (feature < F)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -252,7 +264,7 @@ def initial_state_kernel(
     slot = tl.arange(0, BLOCK_W)
     channel = (feature < F)[None, :]
     total = tl.zeros([BLOCK_W, BLOCK_F], tl.float32)
-    for tap in tl.static_range(WIDTH - 1):
+    for tap in range(WIDTH - 1):
         position = slot - tap  # the position whose tap reads this slot
         linear = _convolve(x, weight, state, segment, start, position, feature, length, rows, F, WIDTH, True)
         grad = _gradient(dy, linear, start, position, feature, length, rows, F, SILU)

@@ -13,9 +13,13 @@ from .._layout import CHUNK
 from .kernels import final_state_kernel, initial_state_kernel, short_conv_bwd_kernel, short_conv_fwd_kernel
 
 
-def _chunk_config(features: int, width: int, activation: str) -> Config:
+def _rows_config(features: int, width: int, activation: str, backward: bool) -> Config:
+    block_f = feature_block(features, 64)
     constants = {"F": features, "WIDTH": width, "SILU": int(activation == "silu"), "CHUNK": CHUNK}
-    return Config({**constants, "BLOCK_F": feature_block(features, 64)})
+    constants |= {"BLOCK_R": min((1024 if backward else 2048) // block_f, CHUNK), "BLOCK_F": block_f}
+    if backward:
+        constants["BLOCK_W"] = next_power_of_2(max(width, 2))
+    return Config(constants)
 
 
 def _state_config(features: int, width: int, activation: str | None) -> Config:
@@ -44,9 +48,9 @@ def short_conv_fwd(
     final_state = x.new_empty(segments, features, width - 1)
     state = initial_state if width > 1 else None
     tables = segment_start, segment_length
-    config = _chunk_config(features, width, activation)
+    config = _rows_config(features, width, activation, False)
     launch(
-        short_conv_fwd_kernel, _programs(rows // CHUNK, features, config), config,
+        short_conv_fwd_kernel, _programs(rows // config.constants["BLOCK_R"], features, config), config,
         x, weight, state, *tables, chunk_segment, y, rows, segments,
     )  # fmt: skip
     if width > 1:
@@ -75,7 +79,7 @@ def short_conv_bwd(
     partial = torch.empty(chunks, width, features, dtype=torch.float32, device=x.device)
     dfinal, state = (dfinal_state, initial_state) if width > 1 else (None, None)
     tables = segment_start, segment_length
-    config = _chunk_config(features, width, activation)
+    config = _rows_config(features, width, activation, True)
     launch(
         short_conv_bwd_kernel, _programs(chunks, features, config), config,
         dy, dfinal, x, weight, state, *tables, chunk_segment, dx, partial, rows, segments,
@@ -94,10 +98,9 @@ def short_conv_bwd(
 
 
 def variants() -> Iterator[KernelVariant]:
-    cases = [
-        (features, width, "silu", True) for features in (16, 48, 256, 1280, 2048) for width in (4, 2)
-    ]
-    cases += [(256, 4, "none", False), (1024, 4, "silu", False), (64, 1, "silu", False)]
+    cases = [(features, 4, "silu", True) for features in (16, 48, 256, 1280, 2048)]
+    cases += [(16, 2, "silu", True), (1280, 2, "silu", True), (256, 4, "none", False)]
+    cases += [(1024, 4, "silu", False), (64, 1, "silu", False)]
     for features, width, activation, stateful in cases:
         for dtype in KERNEL_DTYPES:
             kind = pointer(dtype)
@@ -108,10 +111,11 @@ def variants() -> Iterator[KernelVariant]:
             inputs = {"x": kind, "weight": kind, "state": state, **tables}
             grads = {"dy": kind, "dfinal": state}
             sizes = {"rows": "i32", "segments": "i32"}
-            config = _chunk_config(features, width, activation)
+            config = _rows_config(features, width, activation, False)
             arguments = {**inputs, "chunk_segment": "*i32", "y": kind, **sizes}
             yield variant(label, short_conv_fwd_kernel, arguments, config, quick)
             arguments = {**grads, **inputs, "chunk_segment": "*i32", "dx": kind, "partial": "*fp32", **sizes}
+            config = _rows_config(features, width, activation, True)
             yield variant(label, short_conv_bwd_kernel, arguments, config, quick)
             if width == 1:
                 continue
