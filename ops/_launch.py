@@ -54,12 +54,12 @@ def pointer(dtype: torch.dtype) -> str:
 
 
 def variant(
-    label: str, kernel: Any, arguments: Mapping[str, str | int | None], config: Config, quick: bool = False
+    label: str, kernel: Any, arguments: Mapping[str, str | None], config: Config, quick: bool = False
 ) -> KernelVariant:
-    """``arguments``: name -> Triton type; a value that is no string is a constant (None, or the integer 1)."""
-    signature = {name: kind for name, kind in arguments.items() if isinstance(kind, str)}
-    fixed = {name: kind for name, kind in arguments.items() if not isinstance(kind, str)}
-    constants = {**fixed, **config.constants}
+    """``arguments``: name -> Triton type, None for a pointer that is absent."""
+    signature = {name: kind for name, kind in arguments.items() if kind is not None}
+    absent = {name: None for name, kind in arguments.items() if kind is None}
+    constants = {**absent, **config.constants}
     return KernelVariant(label, kernel, signature, constants, config.num_warps, config.num_stages, quick=quick)
 
 

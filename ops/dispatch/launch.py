@@ -108,9 +108,9 @@ def variants() -> Iterator[KernelVariant]:
         yield variant(label, place_kernel, {**tables, **pointers, **counts}, config, quick)
         if masked:
             continue
-        names = ("bound_count", "segment_start", "segment_length", "end_chunk", "group_offset")
+        names = ["bound_count", "segment_start", "segment_length", "end_chunk", "group_offset"]
         arguments = {**dict.fromkeys(names, "*i32"), **integers("sequences")}
         yield variant(label, segment_kernel, arguments, _segment_config(total, CHUNK), memories == 4)
-        names = ("end_chunk", "chunk_segment", "entry_of")
+        names = ["end_chunk", "chunk_segment", "entry_of"]
         arguments = {**dict.fromkeys(names, "*i32"), **integers("rows", "chunks", "sequences", "steps")}
         yield variant(label, chunk_kernel, arguments, _chunk_config(total), memories == 4)

@@ -49,9 +49,8 @@ def variants() -> Iterator[KernelVariant]:
             kind = pointer(dtype)
             label, quick = f"V={features} {dtype}", features == 256 and dtype == KERNEL_DTYPES[1]
             tail = {"eps": "fp32", "rows": "i32"}
-            names = ("x", "gate", "weight", "y")
-            arguments = {**dict.fromkeys(names, kind), **tail}
+            arguments = {**dict.fromkeys(("x", "gate", "weight", "y"), kind), **tail}
             yield variant(label, gated_rms_norm_fwd_kernel, arguments, _config(features), quick)
-            names = ("dy", "x", "gate", "weight", "dx", "dgate")
-            arguments = {**dict.fromkeys(names, kind), "partial": "*fp32", **tail}
+            arguments = dict.fromkeys(("dy", "x", "gate", "weight", "dx", "dgate"), kind)
+            arguments |= {"partial": "*fp32", **tail}
             yield variant(label, gated_rms_norm_bwd_kernel, arguments, _config(features), quick)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton import INTERPRET
+
+INTERPRETED = tl.constexpr(INTERPRET)
+"""The interpreter multiplies the bits of bfloat16 tiles as integers, so it gets float32 ones: the same products."""
+
 
 @triton.jit
 def _group_bound(group_offset, index, rows):
@@ -19,12 +24,12 @@ def grouped_linear_fwd_kernel(
     group_offset,
     y,
     rows,
-    stride_g,
-    stride_n,
-    stride_d,
     G: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
+    STRIDE_G: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -56,8 +61,8 @@ def grouped_linear_fwd_kernel(
         high = _group_bound(group_offset, group + 1, rows)
         own = (row >= low) & (row < high)
         left = x + row.to(tl.int64)[:, None] * D + lane[None, :]
-        right = weight + (group + tl.zeros([], tl.int64)) * stride_g + column.to(tl.int64)[None, :] * stride_n
-        right += lane.to(tl.int64)[:, None] * stride_d
+        right = weight + (group + tl.zeros([], tl.int64)) * STRIDE_G + column.to(tl.int64)[None, :] * STRIDE_N
+        right += lane.to(tl.int64)[:, None] * STRIDE_D
         total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
         for first in range(0, D, BLOCK_D):
             left_mask = own[:, None]
@@ -67,9 +72,11 @@ def grouped_linear_fwd_kernel(
                 right_mask = right_mask & (first + lane < D)[:, None]
             a = tl.load(left, mask=left_mask, other=0.0)
             b = tl.load(right, mask=right_mask, other=0.0)
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
             left += BLOCK_D
-            right += (BLOCK_D + tl.zeros([], tl.int64)) * stride_d
+            right += BLOCK_D * STRIDE_D
         tl.store(out, total.to(y.dtype.element_ty), mask=own[:, None] & (column < N)[None, :])
 
 
@@ -102,6 +109,8 @@ def grouped_linear_dweight_kernel(
         wide = row.to(tl.int64)
         a = tl.load(dy + wide[None, :] * N + column[:, None], mask=own[None, :] & (column < N)[:, None], other=0.0)
         b = tl.load(x + wide[:, None] * D + inner[None, :], mask=own[:, None] & (inner < D)[None, :], other=0.0)
+        if INTERPRETED:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
     out = dweight + (group.to(tl.int64) * N + column)[:, None] * D + inner[None, :]
     tl.store(out, total.to(dweight.dtype.element_ty), mask=(column < N)[:, None] & (inner < D)[None, :])

@@ -20,12 +20,17 @@ def _block(size: int, limit: int) -> int:
     return min(next_power_of_2(max(size, 16)), limit)
 
 
-def _fwd_config(groups: int, columns: int, inner: int, dtype: torch.dtype) -> Config:
+def _fwd_config(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Config:
+    """``shape`` and ``strides`` of the weight: constants of a model, as is its transposed view in the backward."""
+    groups, columns, inner = shape
     wide = dtype == torch.float32
     constants = {
         "G": groups,
         "N": columns,
         "D": inner,
+        "STRIDE_G": strides[0],
+        "STRIDE_N": strides[1],
+        "STRIDE_D": strides[2],
         "BLOCK_G": next_power_of_2(max(groups, 2)),
         "BLOCK_R": CHUNK,
         "BLOCK_N": _block(columns, 64 if wide else 128),
@@ -47,13 +52,13 @@ def _dweight_config(columns: int, inner: int, dtype: torch.dtype) -> Config:
 
 
 def grouped_linear_fwd(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
-    (rows, inner), (groups, columns, _) = x.shape, weight.shape
+    rows, (groups, columns, _) = x.shape[0], weight.shape
     y = x.new_empty(rows, columns)
     if groups == 0:
         return y.zero_()
-    config = _fwd_config(groups, columns, inner, x.dtype)
+    config = _fwd_config(tuple(weight.shape), weight.stride(), x.dtype)
     grid = (cdiv(rows, config.constants["BLOCK_R"]) * cdiv(columns, config.constants["BLOCK_N"]),)
-    launch(grouped_linear_fwd_kernel, grid, config, x, weight, group_offset, y, rows, *weight.stride())
+    launch(grouped_linear_fwd_kernel, grid, config, x, weight, group_offset, y, rows)
     return y
 
 
@@ -71,13 +76,11 @@ def variants() -> Iterator[KernelVariant]:
         for dtype in KERNEL_DTYPES:
             kind = pointer(dtype)
             for transposed in (False, True):
-                # A stride of 1 is a constant to Triton.
-                strides = {"stride_n": 1, "stride_d": "i32"} if transposed else {"stride_n": "i32", "stride_d": 1}
+                strides = (columns * inner, *((1, columns) if transposed else (inner, 1)))
                 arguments = {"x": kind, "weight": kind, "group_offset": "*i32", "y": kind, "rows": "i32"}
-                arguments |= {"stride_g": "i32", **strides}
                 label = f"G={groups} N={columns} D={inner} transposed={transposed} {dtype}"
                 quick = groups == 5 and inner == 1024 and dtype == KERNEL_DTYPES[1]
-                config = _fwd_config(groups, columns, inner, dtype)
+                config = _fwd_config((groups, columns, inner), strides, dtype)
                 yield variant(label, grouped_linear_fwd_kernel, arguments, config, quick)
             arguments = {"dy": kind, "x": kind, "group_offset": "*i32", "dweight": kind, "rows": "i32"}
             label = f"G={groups} N={columns} D={inner} {dtype}"

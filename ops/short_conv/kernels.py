@@ -5,8 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton import INTERPRET
 
-@triton.jit
+helper = (lambda function: function) if INTERPRET else triton.jit
+"""The interpreter rewrites a @triton.jit function at every call from another, which a plain one is spared."""
+
+
+@helper
 def _source(
     x, state, segment, start, position, feature, length, rows, F: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr
 ):
@@ -27,7 +32,7 @@ def _source(
     return value
 
 
-@triton.jit
+@helper
 def _convolve(
     x,
     weight,
@@ -51,7 +56,7 @@ def _convolve(
     return linear
 
 
-@triton.jit
+@helper
 def _gradient(dy, linear, start, position, feature, length, rows, F: tl.constexpr, SILU: tl.constexpr):
     """The gradient before the activation at ``position``; zero outside the segment."""
     row = start + position
@@ -64,7 +69,7 @@ def _gradient(dy, linear, start, position, feature, length, rows, F: tl.constexp
     return grad
 
 
-@triton.jit
+@helper
 def _segment(segment_start, segment_length, chunk_segment, chunk, segments):
     """Segment of a chunk, its first row and length (0 where the chunk is unused)."""
     segment = tl.load(chunk_segment + chunk)
@@ -139,7 +144,7 @@ def final_state_kernel(
     tl.store(address, value.to(final_state.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@helper
 def _rows_gradient(
     dy,
     dfinal,
