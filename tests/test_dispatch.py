@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support import random_indices
 
 from mom_compile.ops import dispatch
-from mom_compile.ops.dispatch import dispatch_reference, rows_bound
+from mom_compile.ops.dispatch import cpu, dispatch_reference, rows_bound
 
 
 def _assert_same(indices: torch.Tensor, bounds: list[int], memories: int, valid: torch.Tensor | None, shared: bool):
@@ -40,6 +40,29 @@ def test_equals_reference(lengths: list[int], memories: int, topk: int, shared: 
     indices = random_indices(bounds[-1], memories, topk)
     valid = torch.rand(bounds[-1]) > 0.3 if masked else None
     _assert_same(indices, bounds, memories, valid, shared)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "memories", "topk", "shared"),
+    [
+        (list(range(0, 601, 2)), 3, 1, True),  # many sequences
+        ([0, 0, 300, 300, 520], 40, 5, True),  # many memories
+        ([0, 2100], 2, 2, False),
+        ([0, 0, 0], 4, 2, True),
+        ([0], 4, 2, True),
+        ([0, 0], 0, 0, False),
+    ],
+)
+@pytest.mark.parametrize("chunk_size", [64, 16])
+def test_every_entry_equals_that_of_pytorch(
+    bounds: list[int], memories: int, topk: int, shared: bool, chunk_size: int
+) -> None:
+    indices, cu_seqlens = random_indices(bounds[-1], memories, topk), torch.tensor(bounds)
+    valid = torch.rand(bounds[-1]) > 0.1
+    actual = torch.ops.mom.dispatch(indices, cu_seqlens, valid, memories, shared, chunk_size)
+    expected = cpu.dispatch(indices, cu_seqlens, valid, memories, shared, chunk_size)
+    for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, e), position
 
 
 def test_static_size_is_enough_in_the_worst_case() -> None:

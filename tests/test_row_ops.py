@@ -26,6 +26,22 @@ def test_permute(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("features", "dtype"), [(48, torch.bfloat16), (100, torch.float16), (1100, torch.float32)])
+def test_permute_and_combine_by_features(features: int, dtype: torch.dtype) -> None:
+    plan, tokens, _ = CASES["masked"]()
+    assert_parity(
+        lambda x: permute(x, plan),
+        lambda x: permute_reference(x, plan.slot_of, plan.entry_of),
+        [torch.randn(tokens, features).to(dtype)],
+    )
+    o = torch.randn(plan.entry_of.shape[0], 2, features // 2).to(dtype)
+    assert_parity(
+        lambda o, w: combine(o, w, plan),
+        lambda o, w: combine_reference(o, w, plan.slot_of, plan.entry_of),
+        [o, torch.rand(tokens, 2)],
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_combine(name: str) -> None:
     plan, tokens, _ = CASES[name]()
@@ -57,6 +73,25 @@ def test_short_conv(name: str, with_state: bool, activation: str, width: int) ->
     assert_parity(function, reference, [rows, torch.randn(6, width), *state])
 
 
+@pytest.mark.parametrize(
+    ("features", "width", "dtype"),
+    [(100, 1, torch.float32), (70, 3, torch.float32), (48, 4, torch.bfloat16), (7, 6, torch.float16)],
+)
+@pytest.mark.parametrize("with_state", [True, False])
+def test_short_conv_by_features_and_width(features: int, width: int, dtype: torch.dtype, with_state: bool) -> None:
+    plan, tokens, segments = CASES["masked"]()
+    rows = permute(torch.randn(tokens, features).to(dtype), plan)
+    state = [torch.randn(segments, features, width - 1).to(dtype)] if with_state else []
+
+    def reference(x, weight, state=None):
+        return short_conv_reference(x, weight, state, plan.segment_start, plan.segment_length, "silu")
+
+    def function(x, weight, state=None):
+        return short_conv_rows(x, weight, plan, state)
+
+    assert_parity(function, reference, [rows, torch.randn(features, width).to(dtype), *state])
+
+
 def test_short_conv_on_sequences_continues_from_its_state() -> None:
     x, weight = torch.randn(2, 70, 6), torch.randn(6, 4)
     whole, final = short_conv(x, weight)
@@ -68,9 +103,20 @@ def test_short_conv_on_sequences_continues_from_its_state() -> None:
     assert torch.equal(packed.view(2, 70, 6), whole)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 5, 2, 20), (130, 60)])
-def test_gated_rms_norm(shape: tuple[int, ...]) -> None:
-    inputs = [torch.randn(shape), torch.randn(shape) * 3, torch.randn(shape[-1])]
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 8), torch.float32),
+        ((3, 5, 2, 20), torch.float32),
+        ((130, 60), torch.float32),
+        ((70, 100), torch.bfloat16),
+        ((5, 300), torch.float16),
+        ((0, 16), torch.float32),
+    ],
+)
+def test_gated_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # The weight keeps float32, as under autocast.
+    inputs = [torch.randn(shape).to(dtype), (torch.randn(shape) * 3).to(dtype), torch.randn(shape[-1])]
     assert_parity(
         lambda x, g, w: gated_rms_norm(x, g, w, 1e-6),
         lambda x, g, w: gated_rms_norm_reference(x, g, w, 1e-6),
@@ -94,6 +140,33 @@ def test_grouped_linear(name: str) -> None:
         lambda x, w: grouped_linear(x, w, plan.group_offset),
         lambda x, w: grouped_linear_reference(x, w, plan.group_offset),
         [rows, torch.randn(groups, 19, 24)],
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("bounds", "rows", "columns", "inner", "dtype"),
+    [
+        ([0, 5, 5, 70, 71, 150], 150, 33, 100, torch.float32),  # bounds inside tiles, several in one
+        ([0, 64, 192], 256, 130, 17, torch.float32),
+        ([0, 10, 20], 90, 40, 70, torch.bfloat16),
+        ([0, 0, 0], 64, 16, 16, torch.float16),
+        ([0, 0], 0, 8, 8, torch.float32),
+    ],
+)
+def test_grouped_linear_of_any_bounds(
+    bounds: list[int], rows: int, columns: int, inner: int, dtype: torch.dtype, transposed: bool
+) -> None:
+    offset = torch.tensor(bounds, dtype=torch.int32)
+    shape = (len(bounds) - 1, inner, columns) if transposed else (len(bounds) - 1, columns, inner)
+
+    def weight(w: torch.Tensor) -> torch.Tensor:
+        return w.transpose(1, 2) if transposed else w
+
+    assert_parity(
+        lambda x, w: grouped_linear(x, weight(w), offset),
+        lambda x, w: grouped_linear_reference(x, weight(w), offset),
+        [torch.randn(rows, inner).to(dtype), torch.randn(shape).to(dtype)],
     )
 
 
