@@ -42,7 +42,9 @@ INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py 
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m slow
 
+# The operators' and the model's own tests with every tensor on the GPU, and those that only a GPU can run.
 test-gpu: $(STAMP)
+	MOM_TEST_DEVICE=cuda $(PYTEST) $(INTERPRETED) tests/test_opcheck.py tests/test_model.py tests/test_compile.py
 	$(PYTEST) -m gpu
 
 kernels: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from mom_compile import MoMForCausalLM
 
 torch.set_num_threads(1)
+# MOM_TEST_DEVICE=cuda runs the operators' and the model's own tests through the GPU's kernels (make test-gpu).
+torch.set_default_device(os.environ.get("MOM_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture(autouse=True)
