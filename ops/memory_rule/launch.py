@@ -1,1 +1,175 @@
-"""Launches of the Triton kernels."""
+"""Launches of the Triton kernels, and the configurations that they use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._kernel_variant import KernelVariant
+from .._layout import CHUNK
+from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
+from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
+from .kernels_recurrent import recurrent_kernel
+from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
+
+# One stage: Triton 3.6 misses the fence between pipelined loads and the asynchronous products of sm_90.
+STAGES = 1
+
+
+class _Heads(NamedTuple):
+    """What a launch depends on besides the sizes of the batch."""
+
+    H: int
+    HV: int
+    K: int
+    V: int
+    dtype: torch.dtype
+    gate: bool
+    delta: bool
+
+
+class _Config(NamedTuple):
+    constants: dict[str, Any]
+    blocks: int  # of V
+    warps: int
+
+
+def _power(n: int) -> int:
+    """The next power of two that a matrix product takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _config(kernel: Any, heads: _Heads) -> _Config:
+    """Constants and launch options of a kernel; they fit the smallest shared memory of the architectures (99 KiB)."""
+    key, value = _power(heads.K), _power(heads.V)
+    wide = heads.dtype == torch.float32  # products on the plain units: short sums, or they spill
+    constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
+    if kernel is recurrent_kernel:
+        bv, warps = min(value, 32), 4
+        constants |= {"V": heads.V, "BK": key, "BV": bv, "HAS_DELTA": heads.delta}
+        return _Config(constants, -(-heads.V // bv), warps)
+    constants["PRECISION"] = "ieee" if wide else "tf32"
+    bk, bv, warps = min(key, 32 if wide else 64), min(value, 32 if wide else 64), 4
+    if kernel is chunk_pairs_kernel:
+        return _Config(constants | {"BK": bk, "HAS_DELTA": heads.delta}, 1, warps)
+    constants |= {"V": heads.V, "BK": bk}
+    if kernel is chunk_out_kernel:
+        return _Config(constants | {"BV": bv}, -(-heads.V // bv), warps)
+    constants["HAS_DELTA"] = heads.delta
+    if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
+        bv = min(value, 16 if wide else 32)
+        return _Config(constants | {"BV": bv, "NK": -(-heads.K // bk)}, -(-heads.V // bv), warps)
+    return _Config(constants | {"BV": bv}, 1, warps)
+
+
+def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
+    """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
+    config = _config(kernel, heads)
+    if programs == 0 or config.blocks == 0:
+        return
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs, config.blocks)](*args, **config.constants, num_warps=config.warps, num_stages=STAGES)
+
+
+def _heads(q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> _Heads:
+    return _Heads(q.shape[-2], v.shape[-2], q.shape[-1], v.shape[-1], v.dtype, g is not None, beta is not None)
+
+
+def _pairs(
+    heads: _Heads, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, tables: tuple[Tensor, ...], scale: float
+) -> tuple[Tensor | None, Tensor]:
+    rows = q.shape[0]
+    scores = q.new_empty(rows, heads.HV, CHUNK)
+    inverse = torch.empty_like(scores) if heads.delta else None
+    programs = rows // CHUNK * heads.HV
+    _run(chunk_pairs_kernel, heads, programs, q, k, g, beta, *tables, inverse, scores, scale)
+    return inverse, scores
+
+
+def _scan(
+    heads: _Heads,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    inverse: Tensor | None,
+    initial_state: Tensor | None,
+    tables: tuple[Tensor, ...],
+    zero_states: bool = False,
+    zero_v_new: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Final state, states and v_new; chunks that no segment uses are not written, hence the zeros on demand."""
+    segment_start, segment_length, chunk_segment = tables
+    state = (heads.HV, heads.K, heads.V)
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    final_state = v.new_empty(segment_start.shape[0], *state, dtype=dtype)
+    states = (v.new_zeros if zero_states else v.new_empty)(chunk_segment.shape[0], *state)
+    v_new = v
+    if heads.delta:
+        v_new = torch.zeros_like(v) if zero_v_new else torch.empty_like(v)
+    _run(
+        chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, g, beta, inverse, initial_state,
+        segment_start, segment_length, final_state, states, v_new if heads.delta else None,
+    )  # fmt: skip
+    return final_state, states, v_new
+
+
+def chunk_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    segment_start: Tensor,
+    segment_length: Tensor,
+    chunk_segment: Tensor,
+    scale: float,
+    save: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Chunked forward on aligned rows; shapes and results as ``mom::chunk_gated_delta_rule`` (see op.py)."""
+    heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
+    inverse, scores = _pairs(heads, q, k, g, beta, tables, scale)
+    final_state, states, v_new = _scan(
+        heads, k, v, g, beta, inverse, initial_state, tables, bool(save & SAVE_STATES), bool(save & SAVE_V_NEW)
+    )
+    o = torch.empty_like(v)
+    programs = v.shape[0] // CHUNK * heads.HV
+    _run(chunk_out_kernel, heads, programs, q, g, v_new, scores, states, *tables, o, scale)
+    absent = v.new_empty(0)
+    return (
+        o,
+        final_state,
+        inverse if save & SAVE_INVERSE and inverse is not None else absent,
+        scores if save & SAVE_SCORES else v.new_empty(0),
+        states if save & SAVE_STATES else v.new_empty(0),
+        v_new if save & SAVE_V_NEW and heads.delta else v.new_empty(0),
+    )
+
+
+def recurrent_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Sequential form on ``[B, T, H, K]``; ``state`` ``[P, HV, K, V]`` is advanced in place."""
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # Tokens outside every document are written by no program.
+    o = torch.empty_like(v) if cu_seqlens is None else torch.zeros_like(v)
+    heads = _heads(q, v, g, beta)
+    _run(
+        recurrent_kernel, heads, sequences * heads.HV, q, k, v, g, beta, state, state_indices, cu_seqlens, o,
+        q.shape[1], state.shape[0], scale,
+    )  # fmt: skip
+    return o
