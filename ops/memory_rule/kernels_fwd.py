@@ -37,6 +37,15 @@ def store_tile(base, value, row, col, stride, count, width):
 
 
 @triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a b``; the interpreter has no bfloat16 products."""
+    if PRECISION == "interpreter":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def load_gate(g, row, count, HV: tl.constexpr):
     """log decay of a chunk as (high, low) parts: sums of the high parts, multiples of 2^-10, are exact."""
     gate = tl.maximum(tl.load(g + row * HV, mask=row < count, other=0.0).to(tl.float32), STRONGEST)
@@ -122,10 +131,10 @@ def chunk_pairs_kernel(
     for start in range(0, K, BK):
         q_tile = load_tile(q + source, row, start + col, H * K, count, K)
         k_tile_t = load_tile_t(k + source, row, start + col, H * K, count, K)
-        qk = tl.dot(q_tile, k_tile_t, qk, input_precision=PRECISION)
+        qk = product(q_tile, k_tile_t, qk, PRECISION)
         if HAS_DELTA:
             k_tile = load_tile(k + source, row, start + col, H * K, count, K)
-            kk = tl.dot(k_tile, k_tile_t, kk, input_precision=PRECISION)
+            kk = product(k_tile, k_tile_t, kk, PRECISION)
     if HAS_GATE:
         high, low = load_gate(g + first * HV + head, row, count, HV)
         decay = pair_decay(high, low, row)
@@ -175,13 +184,14 @@ def chunk_scan_kernel(
             read = tl.zeros([ROWS, BV], dtype=tl.float32)
             for b in tl.static_range(NK):
                 k_tile = load_tile(k + source, row, b * BK + col, H * K, count, K)
-                read = tl.dot(k_tile, state[b].to(k_tile.dtype), read, input_precision=PRECISION)
+                read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
             if HAS_GATE:
                 read *= from_start[:, None]
             rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
             v_tile = (v_tile - read) * rate[:, None]
             a_tile = load_tile(inverse + (first * HV + head) * ROWS, row, square, HV * ROWS, ROWS, ROWS)
-            v_tile = tl.dot(a_tile, v_tile.to(a_tile.dtype), input_precision=PRECISION)
+            zero = tl.zeros([ROWS, BV], dtype=tl.float32)
+            v_tile = product(a_tile, v_tile.to(a_tile.dtype), zero, PRECISION)
             store_tile(v_new + target, v_tile, row, value, HV * V, ROWS, V)
         if HAS_GATE:
             v_tile *= to_end[:, None]
@@ -191,7 +201,7 @@ def chunk_scan_kernel(
             tile = state[b]
             if HAS_GATE:
                 tile *= total
-            after = after + (tl.dot(k_tile_t, v_tile.to(k_tile_t.dtype), tile, input_precision=PRECISION),)
+            after = after + (product(k_tile_t, v_tile.to(k_tile_t.dtype), tile, PRECISION),)
         state = after
     for b in tl.static_range(NK):
         store_tile(final_state + state_offset, state[b], b * BK + col, value, V, K, V)
@@ -220,12 +230,12 @@ def chunk_out_kernel(
     for start in range(0, K, BK):
         q_tile = load_tile(q + source, row, start + col, H * K, count, K)
         s_tile = load_tile(states + (chunk * HV + head) * K * V, start + col, value, V, K, V)
-        out = tl.dot(q_tile, s_tile, out, input_precision=PRECISION)
+        out = product(q_tile, s_tile, out, PRECISION)
     if HAS_GATE:
         high, low = load_gate(g + first * HV + head, row, count, HV)
         from_start, _, _ = edge_decay(high, low)
         out *= from_start[:, None]
     p_tile = load_tile(scores + (first * HV + head) * ROWS, row, square, HV * ROWS, ROWS, ROWS)
     v_tile = load_tile(v_new + target, row, value, HV * V, count, V)
-    out = tl.dot(p_tile, v_tile, out * scale, input_precision=PRECISION)
+    out = product(p_tile, v_tile, out * scale, PRECISION)
     store_tile(o + target, out, row, value, HV * V, ROWS, V)

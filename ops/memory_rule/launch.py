@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._kernel_variant import KernelVariant
 from .._layout import CHUNK
+from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
 from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
 from .kernels_recurrent import recurrent_kernel
@@ -52,7 +53,7 @@ def _config(kernel: Any, heads: _Heads) -> _Config:
         bv, warps = min(value, 32), 4
         constants |= {"V": heads.V, "BK": key, "BV": bv, "HAS_DELTA": heads.delta}
         return _Config(constants, -(-heads.V // bv), warps)
-    constants["PRECISION"] = "ieee" if wide else "tf32"
+    constants["PRECISION"] = "ieee" if wide else "interpreter" if INTERPRET else "tf32"
     bk, bv, warps = min(key, 32 if wide else 64), min(value, 32 if wide else 64), 4
     if kernel is chunk_pairs_kernel:
         return _Config(constants | {"BK": bk, "HAS_DELTA": heads.delta}, 1, warps)
@@ -150,6 +151,71 @@ def chunk_fwd(
         states if save & SAVE_STATES else v.new_empty(0),
         v_new if save & SAVE_V_NEW and heads.delta else v.new_empty(0),
     )
+
+
+def chunk_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    segment_start: Tensor,
+    segment_length: Tensor,
+    chunk_segment: Tensor,
+    inverse: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    v_new: Tensor,
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`chunk_fwd`; absent ones have shape [0]. What was not saved is computed again."""
+    heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
+    rows, programs = q.shape[0], q.shape[0] // CHUNK * heads.HV
+    groups = heads.HV // heads.H
+    a: Tensor | None = inverse
+    if scores.numel() == 0 or (heads.delta and inverse.numel() == 0):
+        a, scores = _pairs(heads, q, k, g, beta, tables, scale)
+    if not heads.delta:
+        a, v_new = None, v
+    if states.numel() == 0 or v_new.numel() == 0:
+        _, states, v_new = _scan(heads, k, v, g, beta, a, initial_state, tables)
+
+    dstates = torch.empty_like(states)
+    dv = torch.empty_like(v)
+    dw = torch.empty_like(v) if heads.delta else dv
+    dinitial = v.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+    _run(
+        chunk_scan_bwd_kernel, heads, segment_start.shape[0] * heads.HV, q, k, g, beta, a, scores, do, dfinal_state,
+        segment_start, segment_length, dstates, dw, None if initial_state is None else dinitial, scale,
+    )  # fmt: skip
+
+    def rows_of_heads(like: Tensor | None) -> Tensor | None:
+        return None if like is None else torch.empty(rows, heads.HV, dtype=torch.float32, device=q.device)
+
+    dqk = q.new_empty(rows, heads.HV, CHUNK)
+    dkk = torch.empty_like(dqk) if heads.delta else None
+    gate_part, beta_part = rows_of_heads(g), rows_of_heads(beta)
+    _run(
+        chunk_pairs_bwd_kernel, heads, programs, q, k, v, g, beta, v_new, do, dw if heads.delta else None, *tables,
+        dqk, dkk, dv, gate_part, beta_part, scale,
+    )  # fmt: skip
+
+    dtype = q.dtype if groups == 1 else torch.float32
+    dq = q.new_empty(rows, heads.HV, heads.K, dtype=dtype)
+    dk = torch.empty_like(dq)
+    dg = v.new_empty(0) if g is None else torch.empty_like(g)
+    dbeta = v.new_empty(0) if beta is None else torch.empty_like(beta)
+    _run(
+        chunk_bwd_kernel, heads, programs, q, k, g, beta, v_new, do, dw if heads.delta else None, states, dstates,
+        dqk, dkk, gate_part, beta_part, *tables, dq, dk, None if g is None else dg, None if beta is None else dbeta,
+        scale,
+    )  # fmt: skip
+    if groups > 1:
+        dq, dk = (x.view(rows, heads.H, groups, heads.K).sum(2).to(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, dinitial
 
 
 def recurrent_fwd(
