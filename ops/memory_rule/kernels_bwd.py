@@ -37,11 +37,11 @@ def chunk_scan_bwd_kernel(
     state = ()
     for b in tl.static_range(NK):
         if dfinal_state is None:
-            tile = tl.zeros([BK, BV], dtype=tl.float32)
+            tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
         else:
             tile = load_tile(dfinal_state + state_offset, b * BK + col, value, V, K, V).to(tl.float32)
         state = state + (tile,)
-    chunks = tl.cdiv(length, ROWS)
+    chunks = (length + ROWS - 1) // ROWS
     for back in range(0, chunks):
         step = chunks - 1 - back
         chunk = (start // ROWS + step).to(tl.int64)
@@ -52,7 +52,7 @@ def chunk_scan_bwd_kernel(
         if HAS_GATE:
             high, low = load_gate(g + first * HV + head, row, count, HV)
             from_start, to_end, total = edge_decay(high, low)
-        grad = tl.zeros([ROWS, BV], dtype=tl.float32)
+        grad = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
         for b in tl.static_range(NK):
             store_tile(dstates + (chunk * HV + head) * K * V, state[b], b * BK + col, value, V, K, V)
             k_tile = load_tile(k + source, row, b * BK + col, H * K, count, K)
@@ -64,7 +64,7 @@ def chunk_scan_bwd_kernel(
         grad = product(p_tile_t, do_tile, grad, PRECISION)
         if HAS_DELTA:
             a_tile_t = load_tile_t(inverse + squares, row, square, HV * ROWS, ROWS, ROWS)
-            zero = tl.zeros([ROWS, BV], dtype=tl.float32)
+            zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             grad = product(a_tile_t, grad.to(a_tile_t.dtype), zero, PRECISION)
         store_tile(dw + target, grad, row, value, HV * V, ROWS, V)
 
@@ -112,14 +112,14 @@ def chunk_pairs_bwd_kernel(
     segment = tl.load(chunk_segment + chunk)
     if segment < 0:
         for start in range(0, V, BV):
-            zero = tl.zeros([ROWS, BV], dtype=tl.float32)
+            zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             store_tile(dv + target, zero, row, start + value, HV * V, ROWS, V)
         return
     count = valid_rows(segment_start, segment_length, segment, chunk)
     source = (first * H + head // (HV // H)) * K
-    dp = tl.zeros([ROWS, ROWS], dtype=tl.float32)
-    r = tl.zeros([ROWS, ROWS], dtype=tl.float32)
-    along_v = tl.zeros([ROWS], dtype=tl.float32)
+    dp = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    r = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    along_v = tl.full([ROWS], 0.0, dtype=tl.float32)
     if HAS_DELTA:
         rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
     for start in range(0, V, BV):
@@ -140,8 +140,8 @@ def chunk_pairs_bwd_kernel(
         dp *= decay
     store_tile(dqk + squares, dp, row, square, HV * ROWS, ROWS, ROWS)
     if HAS_GATE or HAS_DELTA:
-        qk = tl.zeros([ROWS, ROWS], dtype=tl.float32)
-        kk = tl.zeros([ROWS, ROWS], dtype=tl.float32)
+        qk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+        kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
         for start in range(0, K, BK):
             k_tile_t = load_tile_t(k + source, row, start + col, H * K, count, K)
             if HAS_GATE:
@@ -185,13 +185,13 @@ def chunk_bwd_kernel(
     segment = tl.load(chunk_segment + chunk)
     if segment < 0:
         for start in range(0, K, BK):
-            zero = tl.zeros([ROWS, BK], dtype=tl.float32)
+            zero = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
             store_tile(dq + result, zero, row, start + col, HV * K, ROWS, K)
             store_tile(dk + result, zero, row, start + col, HV * K, ROWS, K)
         if HAS_GATE:
-            tl.store(dg + per_head, tl.zeros([ROWS], dtype=dg.dtype.element_ty))
+            tl.store(dg + per_head, tl.full([ROWS], 0.0, dtype=dg.dtype.element_ty))
         if HAS_DELTA:
-            tl.store(dbeta + per_head, tl.zeros([ROWS], dtype=dbeta.dtype.element_ty))
+            tl.store(dbeta + per_head, tl.full([ROWS], 0.0, dtype=dbeta.dtype.element_ty))
         return
     count = valid_rows(segment_start, segment_length, segment, chunk)
     source = (first * H + head // (HV // H)) * K
@@ -203,14 +203,14 @@ def chunk_bwd_kernel(
         from_start, to_end, total = edge_decay(high, low)
     if HAS_DELTA:
         rate = tl.load(beta + per_head, mask=row < count, other=0.0).to(tl.float32)
-    read_q = tl.zeros([ROWS], dtype=tl.float32)  # <q_i, dq_i> of the read of the state
-    read_k = tl.zeros([ROWS], dtype=tl.float32)  # <dw_i, what k_i read from the state>
-    write = tl.zeros([ROWS], dtype=tl.float32)
-    carried = tl.zeros([BV], dtype=tl.float32)  # <S0, dS1>
+    read_q = tl.full([ROWS], 0.0, dtype=tl.float32)  # <q_i, dq_i> of the read of the state
+    read_k = tl.full([ROWS], 0.0, dtype=tl.float32)  # <dw_i, what k_i read from the state>
+    write = tl.full([ROWS], 0.0, dtype=tl.float32)
+    carried = tl.full([BV], 0.0, dtype=tl.float32)  # <S0, dS1>
     for start in range(0, K, BK):
-        dq_tile = tl.zeros([ROWS, BK], dtype=tl.float32)
-        dk_tile = tl.zeros([ROWS, BK], dtype=tl.float32)
-        dk_read = tl.zeros([ROWS, BK], dtype=tl.float32)
+        dq_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        dk_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        dk_read = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
         for at in range(0, V, BV):
             s_tile_t = load_tile_t(states + state_offset, start + col, at + value, V, K, V)
             ds_tile_t = load_tile_t(dstates + state_offset, start + col, at + value, V, K, V)

@@ -5,38 +5,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton import INTERPRET
+
+# The interpreter patches the whole language at every call of a jitted function, which takes longer than the function.
+helper = (lambda function: function) if INTERPRET else triton.jit
+
 ROWS = tl.constexpr(64)
 # exp of anything below is 0 in float32, so a stronger decay of one token needs no larger sums.
 STRONGEST = tl.constexpr(-110.0)
 
 
-@triton.jit
+@helper
 def valid_rows(segment_start, segment_length, segment, chunk):
     """Rows of the chunk that hold a token; may exceed 64."""
     return tl.load(segment_length + segment) - (chunk * ROWS - tl.load(segment_start + segment))
 
 
-@triton.jit
+@helper
 def load_tile(base, row, col, stride, count, width):
     """``[rows, cols]`` of a row-major matrix, zero beyond ``count`` rows and ``width`` columns."""
     mask = (row[:, None] < count) & (col[None, :] < width)
     return tl.load(base + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@helper
 def load_tile_t(base, row, col, stride, count, width):
     """The transpose of :func:`load_tile`, ``[cols, rows]``."""
     mask = (row[None, :] < count) & (col[:, None] < width)
     return tl.load(base + row[None, :] * stride + col[:, None], mask=mask, other=0.0)
 
 
-@triton.jit
+@helper
 def store_tile(base, value, row, col, stride, count, width):
     mask = (row[:, None] < count) & (col[None, :] < width)
     tl.store(base + row[:, None] * stride + col[None, :], value.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@helper
 def product(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a b``; the interpreter has no bfloat16 products."""
     if PRECISION == "interpreter":
@@ -45,7 +50,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@helper
 def load_gate(g, row, count, HV: tl.constexpr):
     """log decay of a chunk as (high, low) parts: sums of the high parts, multiples of 2^-10, are exact."""
     gate = tl.maximum(tl.load(g + row * HV, mask=row < count, other=0.0).to(tl.float32), STRONGEST)
@@ -53,7 +58,7 @@ def load_gate(g, row, count, HV: tl.constexpr):
     return high, gate - high
 
 
-@triton.jit
+@helper
 def pair_decay(high, low, row):
     """D, lower triangular with the diagonal. The exact high sums cancel before the low ones are added."""
     high, low = tl.cumsum(high, 0), tl.cumsum(low, 0)
@@ -61,7 +66,7 @@ def pair_decay(high, low, row):
     return tl.exp(tl.where(row[:, None] >= row[None, :], difference, float("-inf")))
 
 
-@triton.jit
+@helper
 def edge_decay(high, low):
     """exp(G), exp(G_C - G) and exp(G_C)."""
     high_sum, low_sum = tl.cumsum(high, 0), tl.cumsum(low, 0)
@@ -70,23 +75,24 @@ def edge_decay(high, low):
     return tl.exp(high_sum + low_sum), to_end, tl.exp(high_last + low_last)
 
 
-@triton.jit
+@helper
 def unit_lower_inverse(lower):
-    """``(I + lower)^-1`` for a strictly lower ``[64, 64]``: forward substitution in blocks of 16, then block merges.
+    """``(I + lower)^-1`` for a strictly lower ``[64, 64]``: forward substitution by blocks of 1, 2, .., 32.
 
-    No powers of the whole matrix are formed: they overflow for correlated keys.
+    Each step is ``[[a, 0], [c, b]]^-1 = [[a^-1, 0], [-b^-1 c a^-1, b^-1]]``, so that only blocks of the result are ever
+    formed: powers of ``lower`` (Neumann doubling) overflow for correlated keys.
     """
     r16, r4, r2, r32 = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, 2), tl.arange(0, 32)
-    blocks = tl.reshape(lower, [4, 16, 4, 16])
     same = r4[:, None, None, None] == r4[None, None, :, None]
-    diagonal = tl.sum(tl.where(same, blocks, 0.0), 2)  # [4, 16, 16]
-    x = tl.where(r16[None, :, None] == r16[None, None, :], 1.0, 0.0) + tl.zeros([4, 16, 16], dtype=tl.float32)
-    for i in range(1, 16):
-        here = r16[None, :, None] == i
-        row = tl.sum(tl.where(here, diagonal, 0.0), 1)
-        x -= tl.where(here, tl.sum(row[:, :, None] * x, 1)[:, None, :], 0.0)
+    diagonal = tl.sum(tl.where(same, tl.reshape(lower, [4, 16, 4, 16]), 0.0), 2)  # [4, 16, 16]
+    i, j = r16[:, None], r16[None, :]
+    off = tl.where(((i // 2 == j // 2) & (i > j))[None, :, :], diagonal, 0.0)
+    x = tl.where((i == j)[None, :, :], 1.0, -off)
+    for level in tl.static_range(1, 4):
+        below = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) > j // (1 << level))
+        off = tl.where(below[None, :, :], diagonal, 0.0)
+        x -= tl.dot(tl.dot(x, off, input_precision="ieee"), x, input_precision="ieee")
 
-    # [[a, 0], [c, b]]^-1 = [[a^-1, 0], [-b^-1 c a^-1, b^-1]], first for blocks of 16, then of 32.
     pair = r2[None, :, None, None, None] == r2[None, None, None, :, None]
     x = tl.reshape(tl.where(pair, tl.reshape(x, [2, 2, 16, 16])[:, :, :, None, :], 0.0), [2, 32, 32])
     blocks = tl.reshape(lower, [2, 32, 2, 32])
@@ -119,15 +125,15 @@ def chunk_pairs_kernel(
     square_offset = (first * HV + head) * ROWS
     segment = tl.load(chunk_segment + chunk)
     if segment < 0:
-        zero = tl.zeros([ROWS, ROWS], dtype=tl.float32)
+        zero = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
         store_tile(scores + square_offset, zero, row, square, HV * ROWS, ROWS, ROWS)
         if HAS_DELTA:
             store_tile(inverse + square_offset, zero, row, square, HV * ROWS, ROWS, ROWS)
         return
     count = valid_rows(segment_start, segment_length, segment, chunk)
     source = (first * H + head // (HV // H)) * K
-    qk = tl.zeros([ROWS, ROWS], dtype=tl.float32)
-    kk = tl.zeros([ROWS, ROWS], dtype=tl.float32)
+    qk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
     for start in range(0, K, BK):
         q_tile = load_tile(q + source, row, start + col, H * K, count, K)
         k_tile_t = load_tile_t(k + source, row, start + col, H * K, count, K)
@@ -165,11 +171,11 @@ def chunk_scan_kernel(
     state = ()
     for b in tl.static_range(NK):
         if initial_state is None:
-            tile = tl.zeros([BK, BV], dtype=tl.float32)
+            tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
         else:
             tile = load_tile(initial_state + state_offset, b * BK + col, value, V, K, V).to(tl.float32)
         state = state + (tile,)
-    for step in range(0, tl.cdiv(length, ROWS)):
+    for step in range(0, (length + ROWS - 1) // ROWS):
         chunk = (start // ROWS + step).to(tl.int64)
         first, count = chunk * ROWS, length - step * ROWS
         source = (first * H + head // (HV // H)) * K
@@ -181,7 +187,7 @@ def chunk_scan_kernel(
         for b in tl.static_range(NK):
             store_tile(states + (chunk * HV + head) * K * V, state[b], b * BK + col, value, V, K, V)
         if HAS_DELTA:
-            read = tl.zeros([ROWS, BV], dtype=tl.float32)
+            read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             for b in tl.static_range(NK):
                 k_tile = load_tile(k + source, row, b * BK + col, H * K, count, K)
                 read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
@@ -190,7 +196,7 @@ def chunk_scan_kernel(
             rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
             v_tile = (v_tile - read) * rate[:, None]
             a_tile = load_tile(inverse + (first * HV + head) * ROWS, row, square, HV * ROWS, ROWS, ROWS)
-            zero = tl.zeros([ROWS, BV], dtype=tl.float32)
+            zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             v_tile = product(a_tile, v_tile.to(a_tile.dtype), zero, PRECISION)
             store_tile(v_new + target, v_tile, row, value, HV * V, ROWS, V)
         if HAS_GATE:
@@ -220,7 +226,7 @@ def chunk_out_kernel(
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     first = chunk * ROWS
     target = (first * HV + head) * V
-    out = tl.zeros([ROWS, BV], dtype=tl.float32)
+    out = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
     segment = tl.load(chunk_segment + chunk)
     if segment < 0:
         store_tile(o + target, out, row, value, HV * V, ROWS, V)

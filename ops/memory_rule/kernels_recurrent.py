@@ -31,7 +31,7 @@ def recurrent_kernel(
     if (entry < 0) | (entry >= pool):
         for t in range(0, (end - begin).to(tl.int32)):
             row = ((begin + t) * HV + head) * V
-            tl.store(o + row + value, tl.zeros([BV], dtype=tl.float32).to(o.dtype.element_ty), mask=value < V)
+            tl.store(o + row + value, tl.full([BV], 0.0, dtype=tl.float32).to(o.dtype.element_ty), mask=value < V)
         return
     pointers = state + (entry * HV + head) * K * V + key[:, None] * V + value[None, :]
     mask = (key[:, None] < K) & (value[None, :] < V)

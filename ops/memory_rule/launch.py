@@ -239,3 +239,58 @@ def recurrent_fwd(
         q.shape[1], state.shape[0], scale,
     )  # fmt: skip
     return o
+
+
+_TYPES = {
+    **dict.fromkeys(("g", "state", "initial_state", "final_state", "dfinal_state", "dinitial_state"), "*fp32"),
+    **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg"), "*fp32"),
+    **dict.fromkeys(("segment_start", "segment_length", "chunk_segment"), "*i32"),
+    **dict.fromkeys(("state_indices", "cu_seqlens"), "*i64"),
+    **dict.fromkeys(("tokens", "pool"), "i32"),
+    "scale": "fp32",
+}
+"""Triton type of each kernel argument; those not named are pointers to the dtype of v."""
+_GATE_ONLY = ("g", "dg", "dgate", "gate_part")
+_DELTA_ONLY = ("beta", "dbeta", "inverse", "dw", "dkk", "beta_part")
+_KERNELS = (
+    chunk_pairs_kernel,
+    chunk_scan_kernel,
+    chunk_out_kernel,
+    chunk_scan_bwd_kernel,
+    chunk_pairs_bwd_kernel,
+    chunk_bwd_kernel,
+    recurrent_kernel,
+)
+
+
+def variants() -> Iterator[KernelVariant]:
+    """Every kernel as the launches make it, over dtypes, head dims and rules."""
+    shapes = [(16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (64, 128)]
+    for kernel in _KERNELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for key, value in shapes:
+                for gate, delta in ((False, False), (True, False), (False, True), (True, True)):
+                    if kernel is chunk_out_kernel and delta:
+                        continue
+                    yield _variant(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
+
+
+def _variant(kernel: Any, heads: _Heads) -> KernelVariant:
+    config = _config(kernel, heads)
+    pointer = "*fp32" if heads.dtype == torch.float32 else "*bf16"
+    absent = (() if heads.gate else _GATE_ONLY) + (() if heads.delta else _DELTA_ONLY)
+    if kernel is chunk_scan_kernel and not heads.delta:
+        absent += ("v_new",)
+    names = [name for name in kernel.arg_names if name not in config.constants]
+    partial = {"dbeta": "*fp32"} if kernel is chunk_pairs_bwd_kernel else {}
+    rule = " ".join(name for name, has in (("gate", heads.gate), ("delta", heads.delta)) if has) or "additive"
+    dtype = "float32" if heads.dtype == torch.float32 else "bfloat16"
+    return KernelVariant(
+        label=f"{kernel.__name__} K={heads.K} V={heads.V} {dtype} {rule}",
+        kernel=kernel,
+        signature={name: (_TYPES | partial).get(name, pointer) for name in names if name not in absent},
+        constants=config.constants | {name: None for name in names if name in absent},
+        num_warps=config.warps,
+        num_stages=STAGES,
+        quick=heads.K == heads.V == 64 and heads.gate and (heads.delta or kernel is chunk_out_kernel),
+    )
