@@ -1,1 +1,296 @@
-"""Launches of the Triton kernels."""
+"""Launches of the Triton kernels, and the configurations that they use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._kernel_variant import KernelVariant
+from .._layout import CHUNK
+from .._triton import INTERPRET
+from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
+from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
+from .kernels_recurrent import recurrent_kernel
+from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
+
+# One stage: Triton 3.6 misses the fence between pipelined loads and the asynchronous products of sm_90.
+STAGES = 1
+
+
+class _Heads(NamedTuple):
+    """What a launch depends on besides the sizes of the batch."""
+
+    H: int
+    HV: int
+    K: int
+    V: int
+    dtype: torch.dtype
+    gate: bool
+    delta: bool
+
+
+class _Config(NamedTuple):
+    constants: dict[str, Any]
+    blocks: int  # of V
+    warps: int
+
+
+def _power(n: int) -> int:
+    """The next power of two that a matrix product takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _config(kernel: Any, heads: _Heads) -> _Config:
+    """Constants and launch options of a kernel; they fit the smallest shared memory of the architectures (99 KiB)."""
+    key, value = _power(heads.K), _power(heads.V)
+    wide = heads.dtype == torch.float32  # products on the plain units: short sums, or they spill
+    constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
+    if kernel is recurrent_kernel:
+        bv, warps = min(value, 32), 4
+        constants |= {"V": heads.V, "BK": key, "BV": bv, "HAS_DELTA": heads.delta}
+        return _Config(constants, -(-heads.V // bv), warps)
+    constants["PRECISION"] = "ieee" if wide else "interpreter" if INTERPRET else "tf32"
+    bk, bv, warps = min(key, 32 if wide else 64), min(value, 32 if wide else 64), 4
+    if kernel is chunk_pairs_kernel:
+        return _Config(constants | {"BK": bk, "HAS_DELTA": heads.delta}, 1, warps)
+    constants |= {"V": heads.V, "BK": bk}
+    if kernel is chunk_out_kernel:
+        return _Config(constants | {"BV": bv}, -(-heads.V // bv), warps)
+    constants["HAS_DELTA"] = heads.delta
+    if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
+        bv = min(value, 16 if wide else 32)
+        return _Config(constants | {"BV": bv, "NK": -(-heads.K // bk)}, -(-heads.V // bv), warps)
+    return _Config(constants | {"BV": bv}, 1, warps)
+
+
+def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
+    """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
+    config = _config(kernel, heads)
+    if programs == 0 or config.blocks == 0:
+        return
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs, config.blocks)](*args, **config.constants, num_warps=config.warps, num_stages=STAGES)
+
+
+def _heads(q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> _Heads:
+    return _Heads(q.shape[-2], v.shape[-2], q.shape[-1], v.shape[-1], v.dtype, g is not None, beta is not None)
+
+
+def _pairs(
+    heads: _Heads, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, tables: tuple[Tensor, ...], scale: float
+) -> tuple[Tensor | None, Tensor]:
+    rows = q.shape[0]
+    scores = q.new_empty(rows, heads.HV, CHUNK)
+    inverse = torch.empty_like(scores) if heads.delta else None
+    programs = rows // CHUNK * heads.HV
+    _run(chunk_pairs_kernel, heads, programs, q, k, g, beta, *tables, inverse, scores, scale)
+    return inverse, scores
+
+
+def _scan(
+    heads: _Heads,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    inverse: Tensor | None,
+    initial_state: Tensor | None,
+    tables: tuple[Tensor, ...],
+    zero_states: bool = False,
+    zero_v_new: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Final state, states and v_new; chunks that no segment uses are not written, hence the zeros on demand."""
+    segment_start, segment_length, chunk_segment = tables
+    state = (heads.HV, heads.K, heads.V)
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    final_state = v.new_empty(segment_start.shape[0], *state, dtype=dtype)
+    states = (v.new_zeros if zero_states else v.new_empty)(chunk_segment.shape[0], *state)
+    v_new = v
+    if heads.delta:
+        v_new = torch.zeros_like(v) if zero_v_new else torch.empty_like(v)
+    _run(
+        chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, g, beta, inverse, initial_state,
+        segment_start, segment_length, final_state, states, v_new if heads.delta else None,
+    )  # fmt: skip
+    return final_state, states, v_new
+
+
+def chunk_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    segment_start: Tensor,
+    segment_length: Tensor,
+    chunk_segment: Tensor,
+    scale: float,
+    save: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Chunked forward on aligned rows; shapes and results as ``mom::chunk_gated_delta_rule`` (see op.py)."""
+    heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
+    inverse, scores = _pairs(heads, q, k, g, beta, tables, scale)
+    final_state, states, v_new = _scan(
+        heads, k, v, g, beta, inverse, initial_state, tables, bool(save & SAVE_STATES), bool(save & SAVE_V_NEW)
+    )
+    o = torch.empty_like(v)
+    programs = v.shape[0] // CHUNK * heads.HV
+    _run(chunk_out_kernel, heads, programs, q, g, v_new, scores, states, *tables, o, scale)
+    absent = v.new_empty(0)
+    return (
+        o,
+        final_state,
+        inverse if save & SAVE_INVERSE and inverse is not None else absent,
+        scores if save & SAVE_SCORES else v.new_empty(0),
+        states if save & SAVE_STATES else v.new_empty(0),
+        v_new if save & SAVE_V_NEW and heads.delta else v.new_empty(0),
+    )
+
+
+def chunk_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    segment_start: Tensor,
+    segment_length: Tensor,
+    chunk_segment: Tensor,
+    inverse: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    v_new: Tensor,
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`chunk_fwd`; absent ones have shape [0]. What was not saved is computed again."""
+    heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
+    rows, programs = q.shape[0], q.shape[0] // CHUNK * heads.HV
+    groups = heads.HV // heads.H
+    a: Tensor | None = inverse
+    if scores.numel() == 0 or (heads.delta and inverse.numel() == 0):
+        a, scores = _pairs(heads, q, k, g, beta, tables, scale)
+    if not heads.delta:
+        a, v_new = None, v
+    if states.numel() == 0 or v_new.numel() == 0:
+        _, states, v_new = _scan(heads, k, v, g, beta, a, initial_state, tables)
+
+    dstates = torch.empty_like(states)
+    dv = torch.empty_like(v)
+    dw = torch.empty_like(v) if heads.delta else dv
+    dinitial = v.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+    _run(
+        chunk_scan_bwd_kernel, heads, segment_start.shape[0] * heads.HV, q, k, g, beta, a, scores, do, dfinal_state,
+        segment_start, segment_length, dstates, dw, None if initial_state is None else dinitial, scale,
+    )  # fmt: skip
+
+    def rows_of_heads(like: Tensor | None) -> Tensor | None:
+        return None if like is None else torch.empty(rows, heads.HV, dtype=torch.float32, device=q.device)
+
+    dqk = q.new_empty(rows, heads.HV, CHUNK)
+    dkk = torch.empty_like(dqk) if heads.delta else None
+    gate_part, beta_part = rows_of_heads(g), rows_of_heads(beta)
+    _run(
+        chunk_pairs_bwd_kernel, heads, programs, q, k, v, g, beta, v_new, do, dw if heads.delta else None, *tables,
+        dqk, dkk, dv, gate_part, beta_part, scale,
+    )  # fmt: skip
+
+    dtype = q.dtype if groups == 1 else torch.float32
+    dq = q.new_empty(rows, heads.HV, heads.K, dtype=dtype)
+    dk = torch.empty_like(dq)
+    dg = v.new_empty(0) if g is None else torch.empty_like(g)
+    dbeta = v.new_empty(0) if beta is None else torch.empty_like(beta)
+    _run(
+        chunk_bwd_kernel, heads, programs, q, k, g, beta, v_new, do, dw if heads.delta else None, states, dstates,
+        dqk, dkk, gate_part, beta_part, *tables, dq, dk, None if g is None else dg, None if beta is None else dbeta,
+        scale,
+    )  # fmt: skip
+    if groups > 1:
+        dq, dk = (x.view(rows, heads.H, groups, heads.K).sum(2).to(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, dinitial
+
+
+def recurrent_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Sequential form on ``[B, T, H, K]``; ``state`` ``[P, HV, K, V]`` is advanced in place."""
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # Tokens outside every document are written by no program.
+    o = torch.empty_like(v) if cu_seqlens is None else torch.zeros_like(v)
+    heads = _heads(q, v, g, beta)
+    _run(
+        recurrent_kernel, heads, sequences * heads.HV, q, k, v, g, beta, state, state_indices, cu_seqlens, o,
+        q.shape[1], state.shape[0], scale,
+    )  # fmt: skip
+    return o
+
+
+_TYPES = {
+    **dict.fromkeys(("g", "state", "initial_state", "final_state", "dfinal_state", "dinitial_state"), "*fp32"),
+    **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg"), "*fp32"),
+    **dict.fromkeys(("segment_start", "segment_length", "chunk_segment"), "*i32"),
+    **dict.fromkeys(("state_indices", "cu_seqlens"), "*i64"),
+    **dict.fromkeys(("tokens", "pool"), "i32"),
+    "scale": "fp32",
+}
+"""Triton type of each kernel argument; those not named are pointers to the dtype of v."""
+_GATE_ONLY = ("g", "dg", "dgate", "gate_part")
+_DELTA_ONLY = ("beta", "dbeta", "inverse", "dw", "dkk", "beta_part")
+_KERNELS = (
+    chunk_pairs_kernel,
+    chunk_scan_kernel,
+    chunk_out_kernel,
+    chunk_scan_bwd_kernel,
+    chunk_pairs_bwd_kernel,
+    chunk_bwd_kernel,
+    recurrent_kernel,
+)
+
+
+def variants() -> Iterator[KernelVariant]:
+    """Every kernel as the launches make it, over dtypes, head dims and rules."""
+    shapes = [(16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (64, 128)]
+    for kernel in _KERNELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for key, value in shapes:
+                for gate, delta in ((False, False), (True, False), (False, True), (True, True)):
+                    if kernel is chunk_out_kernel and delta:
+                        continue
+                    yield _variant(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
+
+
+def _variant(kernel: Any, heads: _Heads) -> KernelVariant:
+    config = _config(kernel, heads)
+    pointer = "*fp32" if heads.dtype == torch.float32 else "*bf16"
+    absent = (() if heads.gate else _GATE_ONLY) + (() if heads.delta else _DELTA_ONLY)
+    if kernel is chunk_scan_kernel and not heads.delta:
+        absent += ("v_new",)
+    names = [name for name in kernel.arg_names if name not in config.constants]
+    partial = {"dbeta": "*fp32"} if kernel is chunk_pairs_bwd_kernel else {}
+    rule = " ".join(name for name, has in (("gate", heads.gate), ("delta", heads.delta)) if has) or "additive"
+    dtype = "float32" if heads.dtype == torch.float32 else "bfloat16"
+    return KernelVariant(
+        label=f"{kernel.__name__} K={heads.K} V={heads.V} {dtype} {rule}",
+        kernel=kernel,
+        signature={name: (_TYPES | partial).get(name, pointer) for name in names if name not in absent},
+        constants=config.constants | {name: None for name in names if name in absent},
+        num_warps=config.warps,
+        num_stages=STAGES,
+        quick=heads.K == heads.V == 64 and heads.gate and (heads.delta or kernel is chunk_out_kernel),
+    )

@@ -1,0 +1,256 @@
+"""Triton kernels of the chunked backward; notation and derivation as in cpu.py's ``chunk_bwd``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels_fwd import (
+    ROWS,
+    edge_decay,
+    load_gate,
+    load_tile,
+    load_tile_t,
+    pair_decay,
+    product,
+    store_tile,
+    valid_rows,
+)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def chunk_scan_bwd_kernel(
+    q, k, g, beta, inverse, scores, do, dfinal_state, segment_start, segment_length, dstates, dw, dinitial_state, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
+    BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state back through the chunks of one segment, for one value head and block of V.
+
+    Writes the gradient of the state after each chunk, and of w (of v without the delta).
+    """
+    pid = tl.program_id(0)
+    segment, head = (pid // HV).to(tl.int64), pid % HV
+    row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    start, length = tl.load(segment_start + segment), tl.load(segment_length + segment)
+    state_offset = (segment * HV + head) * K * V
+    state = ()
+    for b in tl.static_range(NK):
+        if dfinal_state is None:
+            tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
+        else:
+            tile = load_tile(dfinal_state + state_offset, b * BK + col, value, V, K, V).to(tl.float32)
+        state = state + (tile,)
+    chunks = (length + ROWS - 1) // ROWS
+    for back in range(0, chunks):
+        step = chunks - 1 - back
+        chunk = (start // ROWS + step).to(tl.int64)
+        first, count = chunk * ROWS, length - step * ROWS
+        source = (first * H + head // (HV // H)) * K
+        target = (first * HV + head) * V
+        squares = (first * HV + head) * ROWS
+        if HAS_GATE:
+            high, low = load_gate(g + first * HV + head, row, count, HV)
+            from_start, to_end, total = edge_decay(high, low)
+        grad = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
+        for b in tl.static_range(NK):
+            store_tile(dstates + (chunk * HV + head) * K * V, state[b], b * BK + col, value, V, K, V)
+            k_tile = load_tile(k + source, row, b * BK + col, H * K, count, K)
+            grad = product(k_tile, state[b].to(k_tile.dtype), grad, PRECISION)
+        if HAS_GATE:
+            grad *= to_end[:, None]
+        do_tile = load_tile(do + target, row, value, HV * V, count, V)
+        p_tile_t = load_tile_t(scores + squares, row, square, HV * ROWS, ROWS, ROWS)
+        grad = product(p_tile_t, do_tile, grad, PRECISION)
+        if HAS_DELTA:
+            a_tile_t = load_tile_t(inverse + squares, row, square, HV * ROWS, ROWS, ROWS)
+            zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
+            grad = product(a_tile_t, grad.to(a_tile_t.dtype), zero, PRECISION)
+        store_tile(dw + target, grad, row, value, HV * V, ROWS, V)
+
+        # What the chunk's reads give to the state before it: by q, and by k where the write is a delta.
+        read_q = do_tile.to(tl.float32) * scale
+        if HAS_GATE:
+            read_q *= from_start[:, None]
+        if HAS_DELTA:
+            rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
+            if HAS_GATE:
+                rate *= from_start
+            read_k = grad * -rate[:, None]
+        before = ()
+        for b in tl.static_range(NK):
+            tile = state[b]
+            if HAS_GATE:
+                tile *= total
+            q_tile_t = load_tile_t(q + source, row, b * BK + col, H * K, count, K)
+            tile = product(q_tile_t, read_q.to(q_tile_t.dtype), tile, PRECISION)
+            if HAS_DELTA:
+                k_tile_t = load_tile_t(k + source, row, b * BK + col, H * K, count, K)
+                tile = product(k_tile_t, read_k.to(k_tile_t.dtype), tile, PRECISION)
+            before = before + (tile,)
+        state = before
+    if dinitial_state is not None:
+        for b in tl.static_range(NK):
+            store_tile(dinitial_state + state_offset, state[b], b * BK + col, value, V, K, V)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def chunk_pairs_bwd_kernel(
+    q, k, v, g, beta, v_new, do, dw, segment_start, segment_length, chunk_segment, dqk, dkk, dv, dgate, dbeta, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The 64x64 gradients of one chunk and value head: of q k^T and of k k^T (made symmetric), and what they give to
+    the cumulative decay and to beta. Also dv where the write is a delta."""
+    pid = tl.program_id(0)
+    chunk, head = (pid // HV).to(tl.int64), pid % HV
+    row, square = tl.arange(0, ROWS), tl.arange(0, ROWS)
+    col, value = tl.arange(0, BK), tl.arange(0, BV)
+    first = chunk * ROWS
+    target = (first * HV + head) * V
+    squares = (first * HV + head) * ROWS
+    segment = tl.load(chunk_segment + chunk)
+    if segment < 0:
+        for start in range(0, V, BV):
+            zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
+            store_tile(dv + target, zero, row, start + value, HV * V, ROWS, V)
+        return
+    count = valid_rows(segment_start, segment_length, segment, chunk)
+    source = (first * H + head // (HV // H)) * K
+    dp = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    r = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    along_v = tl.full([ROWS], 0.0, dtype=tl.float32)
+    if HAS_DELTA:
+        rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
+    for start in range(0, V, BV):
+        do_tile = load_tile(do + target, row, start + value, HV * V, count, V)
+        new_tile_t = load_tile_t(v_new + target, row, start + value, HV * V, count, V)
+        dp = product(do_tile, new_tile_t, dp, PRECISION)
+        if HAS_DELTA:
+            dw_tile = load_tile(dw + target, row, start + value, HV * V, count, V)
+            r = product(dw_tile, new_tile_t, r, PRECISION)
+            v_tile = load_tile(v + target, row, start + value, HV * V, count, V).to(tl.float32)
+            along_v += tl.sum(dw_tile.to(tl.float32) * v_tile, 1)
+            store_tile(dv + target, dw_tile.to(tl.float32) * rate[:, None], row, start + value, HV * V, ROWS, V)
+    lower, strict = row[:, None] >= square[None, :], row[:, None] > square[None, :]
+    dp = tl.where(lower, dp * scale, 0.0)
+    if HAS_GATE:
+        high, low = load_gate(g + first * HV + head, row, count, HV)
+        decay = pair_decay(high, low, row)
+        dp *= decay
+    store_tile(dqk + squares, dp, row, square, HV * ROWS, ROWS, ROWS)
+    if HAS_GATE or HAS_DELTA:
+        qk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+        kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+        for start in range(0, K, BK):
+            k_tile_t = load_tile_t(k + source, row, start + col, H * K, count, K)
+            if HAS_GATE:
+                q_tile = load_tile(q + source, row, start + col, H * K, count, K)
+                qk = product(q_tile, k_tile_t, qk, PRECISION)
+            if HAS_DELTA:
+                k_tile = load_tile(k + source, row, start + col, H * K, count, K)
+                kk = product(k_tile, k_tile_t, kk, PRECISION)
+        pairs = dp * qk
+        if HAS_DELTA:
+            if HAS_GATE:
+                kk *= decay
+            # R . L / beta summed over a row is <dw_i, sum_j L_ij / beta_i v_new_j>.
+            r = tl.where(strict, r, 0.0)
+            along_l = tl.sum(r * kk, 1)
+            tl.store(dbeta + (first + row) * HV + head, along_v - along_l)
+            dkk_tile = r * -rate[:, None]
+            pairs += dkk_tile * kk
+            if HAS_GATE:
+                dkk_tile *= decay
+            store_tile(dkk + squares, dkk_tile + tl.trans(dkk_tile), row, square, HV * ROWS, ROWS, ROWS)
+        if HAS_GATE:
+            tl.store(dgate + (first + row) * HV + head, tl.sum(pairs, 1) - tl.sum(pairs, 0))
+
+
+@triton.jit(do_not_specialize=["scale"])
+def chunk_bwd_kernel(
+    q, k, g, beta, v_new, do, dw, states, dstates, dqk, dkk, gate_part, beta_part, segment_start, segment_length,
+    chunk_segment, dq, dk, dg, dbeta, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and dk (one per value head), dg and dbeta of one chunk and value head."""
+    pid = tl.program_id(0)
+    chunk, head = (pid // HV).to(tl.int64), pid % HV
+    row, square = tl.arange(0, ROWS), tl.arange(0, ROWS)
+    col, value = tl.arange(0, BK), tl.arange(0, BV)
+    first = chunk * ROWS
+    per_head = (first + row) * HV + head
+    result = (first * HV + head) * K
+    segment = tl.load(chunk_segment + chunk)
+    if segment < 0:
+        for start in range(0, K, BK):
+            zero = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+            store_tile(dq + result, zero, row, start + col, HV * K, ROWS, K)
+            store_tile(dk + result, zero, row, start + col, HV * K, ROWS, K)
+        if HAS_GATE:
+            tl.store(dg + per_head, tl.full([ROWS], 0.0, dtype=dg.dtype.element_ty))
+        if HAS_DELTA:
+            tl.store(dbeta + per_head, tl.full([ROWS], 0.0, dtype=dbeta.dtype.element_ty))
+        return
+    count = valid_rows(segment_start, segment_length, segment, chunk)
+    source = (first * H + head // (HV // H)) * K
+    target = (first * HV + head) * V
+    squares = (first * HV + head) * ROWS
+    state_offset = (chunk * HV + head) * K * V
+    if HAS_GATE:
+        high, low = load_gate(g + first * HV + head, row, count, HV)
+        from_start, to_end, total = edge_decay(high, low)
+    if HAS_DELTA:
+        rate = tl.load(beta + per_head, mask=row < count, other=0.0).to(tl.float32)
+    read_q = tl.full([ROWS], 0.0, dtype=tl.float32)  # <q_i, dq_i> of the read of the state
+    read_k = tl.full([ROWS], 0.0, dtype=tl.float32)  # <dw_i, what k_i read from the state>
+    write = tl.full([ROWS], 0.0, dtype=tl.float32)
+    carried = tl.full([BV], 0.0, dtype=tl.float32)  # <S0, dS1>
+    for start in range(0, K, BK):
+        dq_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        dk_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        dk_read = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        for at in range(0, V, BV):
+            s_tile_t = load_tile_t(states + state_offset, start + col, at + value, V, K, V)
+            ds_tile_t = load_tile_t(dstates + state_offset, start + col, at + value, V, K, V)
+            do_tile = load_tile(do + target, row, at + value, HV * V, count, V)
+            dq_tile = product(do_tile, s_tile_t, dq_tile, PRECISION)
+            new_tile = load_tile(v_new + target, row, at + value, HV * V, count, V)
+            dk_tile = product(new_tile, ds_tile_t, dk_tile, PRECISION)
+            if HAS_DELTA:
+                dw_tile = load_tile(dw + target, row, at + value, HV * V, count, V)
+                dk_read = product(dw_tile, s_tile_t, dk_read, PRECISION)
+            if HAS_GATE:
+                carried += tl.sum(s_tile_t.to(tl.float32) * ds_tile_t.to(tl.float32), 1)
+        q_tile = load_tile(q + source, row, start + col, H * K, count, K)
+        k_tile = load_tile(k + source, row, start + col, H * K, count, K)
+        dq_tile *= scale
+        if HAS_GATE:
+            dq_tile *= from_start[:, None]
+            dk_tile *= to_end[:, None]
+            read_q += tl.sum(q_tile.to(tl.float32) * dq_tile, 1)
+            write += tl.sum(k_tile.to(tl.float32) * dk_tile, 1)
+        if HAS_DELTA:
+            if HAS_GATE:
+                dk_read *= from_start[:, None]
+            read_k += tl.sum(k_tile.to(tl.float32) * dk_read, 1)
+            dk_tile -= dk_read * rate[:, None]
+            dkk_tile = load_tile(dkk + squares, row, square, HV * ROWS, ROWS, ROWS)
+            dk_tile = product(dkk_tile, k_tile, dk_tile, PRECISION)
+        dqk_tile = load_tile(dqk + squares, row, square, HV * ROWS, ROWS, ROWS)
+        dq_tile = product(dqk_tile, k_tile, dq_tile, PRECISION)
+        dqk_tile_t = load_tile_t(dqk + squares, row, square, HV * ROWS, ROWS, ROWS)
+        dk_tile = product(dqk_tile_t, q_tile, dk_tile, PRECISION)
+        store_tile(dq + result, dq_tile, row, start + col, HV * K, ROWS, K)
+        store_tile(dk + result, dk_tile, row, start + col, HV * K, ROWS, K)
+    if HAS_DELTA:
+        tl.store(dbeta + per_head, (tl.load(beta_part + per_head) - read_k).to(dbeta.dtype.element_ty))
+    if HAS_GATE:
+        cumulative = tl.load(gate_part + per_head) + read_q - write
+        if HAS_DELTA:
+            cumulative -= rate * read_k
+        # g_j is part of every G_i with i >= j, and of G_C.
+        later = tl.sum(tl.where(row[:, None] >= square[None, :], cumulative[:, None], 0.0), 0)
+        later += tl.sum(carried, 0) * total + tl.sum(write, 0)
+        tl.store(dg + per_head, tl.where(row < count, later, 0.0).to(dg.dtype.element_ty))

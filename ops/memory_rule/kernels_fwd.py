@@ -1,0 +1,247 @@
+"""Triton kernels of the chunked forward; one chunk is 64 rows, notation as in cpu.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .._triton import INTERPRET
+
+# The interpreter patches the whole language at every call of a jitted function, which takes longer than the function.
+helper = (lambda function: function) if INTERPRET else triton.jit
+
+ROWS = tl.constexpr(64)
+# exp of anything below is 0 in float32, so a stronger decay of one token needs no larger sums.
+STRONGEST = tl.constexpr(-110.0)
+
+
+@helper
+def valid_rows(segment_start, segment_length, segment, chunk):
+    """Rows of the chunk that hold a token; may exceed 64."""
+    return tl.load(segment_length + segment) - (chunk * ROWS - tl.load(segment_start + segment))
+
+
+@helper
+def load_tile(base, row, col, stride, count, width):
+    """``[rows, cols]`` of a row-major matrix, zero beyond ``count`` rows and ``width`` columns."""
+    mask = (row[:, None] < count) & (col[None, :] < width)
+    return tl.load(base + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
+
+
+@helper
+def load_tile_t(base, row, col, stride, count, width):
+    """The transpose of :func:`load_tile`, ``[cols, rows]``."""
+    mask = (row[None, :] < count) & (col[:, None] < width)
+    return tl.load(base + row[None, :] * stride + col[:, None], mask=mask, other=0.0)
+
+
+@helper
+def store_tile(base, value, row, col, stride, count, width):
+    mask = (row[:, None] < count) & (col[None, :] < width)
+    tl.store(base + row[:, None] * stride + col[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@helper
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a b``; the interpreter has no bfloat16 products."""
+    if PRECISION == "interpreter":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@helper
+def load_gate(g, row, count, HV: tl.constexpr):
+    """log decay of a chunk as (high, low) parts: sums of the high parts, multiples of 2^-10, are exact."""
+    gate = tl.maximum(tl.load(g + row * HV, mask=row < count, other=0.0).to(tl.float32), STRONGEST)
+    high = tl.floor(gate * 1024.0 + 0.5) * (1.0 / 1024.0)
+    return high, gate - high
+
+
+@helper
+def pair_decay(high, low, row):
+    """D, lower triangular with the diagonal. The exact high sums cancel before the low ones are added."""
+    high, low = tl.cumsum(high, 0), tl.cumsum(low, 0)
+    difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    return tl.exp(tl.where(row[:, None] >= row[None, :], difference, float("-inf")))
+
+
+@helper
+def edge_decay(high, low):
+    """exp(G), exp(G_C - G) and exp(G_C)."""
+    high_sum, low_sum = tl.cumsum(high, 0), tl.cumsum(low, 0)
+    high_last, low_last = tl.sum(high, 0), tl.sum(low, 0)
+    to_end = tl.exp((high_last - high_sum) + (low_last - low_sum))
+    return tl.exp(high_sum + low_sum), to_end, tl.exp(high_last + low_last)
+
+
+@helper
+def unit_lower_inverse(lower):
+    """``(I + lower)^-1`` for a strictly lower ``[64, 64]``: forward substitution by blocks of 1, 2, .., 32.
+
+    Each step is ``[[a, 0], [c, b]]^-1 = [[a^-1, 0], [-b^-1 c a^-1, b^-1]]``, so that only blocks of the result are ever
+    formed: powers of ``lower`` (Neumann doubling) overflow for correlated keys.
+    """
+    r16, r4, r2, r32 = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, 2), tl.arange(0, 32)
+    same = r4[:, None, None, None] == r4[None, None, :, None]
+    diagonal = tl.sum(tl.where(same, tl.reshape(lower, [4, 16, 4, 16]), 0.0), 2)  # [4, 16, 16]
+    i, j = r16[:, None], r16[None, :]
+    off = tl.where(((i // 2 == j // 2) & (i > j))[None, :, :], diagonal, 0.0)
+    x = tl.where((i == j)[None, :, :], 1.0, -off)
+    for level in tl.static_range(1, 4):
+        below = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) > j // (1 << level))
+        off = tl.where(below[None, :, :], diagonal, 0.0)
+        x -= tl.dot(tl.dot(x, off, input_precision="ieee"), x, input_precision="ieee")
+
+    pair = r2[None, :, None, None, None] == r2[None, None, None, :, None]
+    x = tl.reshape(tl.where(pair, tl.reshape(x, [2, 2, 16, 16])[:, :, :, None, :], 0.0), [2, 32, 32])
+    blocks = tl.reshape(lower, [2, 32, 2, 32])
+    same = r2[:, None, None, None] == r2[None, None, :, None]
+    corner = (r32[:, None] >= 16) & (r32[None, :] < 16)
+    off = tl.where(corner[None, :, :], tl.sum(tl.where(same, blocks, 0.0), 2), 0.0)
+    x -= tl.dot(tl.dot(x, off, input_precision="ieee"), x, input_precision="ieee")
+
+    first = tl.sum(tl.where(r2[:, None, None] == 0, x, 0.0), 0)
+    second = tl.sum(tl.where(r2[:, None, None] == 1, x, 0.0), 0)
+    below = (r2[:, None, None, None] == 1) & (r2[None, None, :, None] == 0)
+    off2 = tl.sum(tl.sum(tl.where(below, blocks, 0.0), 2), 0)
+    off2 = tl.dot(tl.dot(second, off2, input_precision="ieee"), first, input_precision="ieee")
+    x = tl.where(same, x[:, :, None, :], tl.where(below, -off2[None, :, None, :], 0.0))
+    return tl.reshape(x, [64, 64])
+
+
+@triton.jit(do_not_specialize=["scale"])
+def chunk_pairs_kernel(
+    q, k, g, beta, segment_start, segment_length, chunk_segment, inverse, scores, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A and P of one chunk and value head."""
+    pid = tl.program_id(0)
+    chunk, head = (pid // HV).to(tl.int64), pid % HV
+    row, col = tl.arange(0, ROWS), tl.arange(0, BK)
+    square = tl.arange(0, ROWS)
+    first = chunk * ROWS
+    square_offset = (first * HV + head) * ROWS
+    segment = tl.load(chunk_segment + chunk)
+    if segment < 0:
+        zero = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+        store_tile(scores + square_offset, zero, row, square, HV * ROWS, ROWS, ROWS)
+        if HAS_DELTA:
+            store_tile(inverse + square_offset, zero, row, square, HV * ROWS, ROWS, ROWS)
+        return
+    count = valid_rows(segment_start, segment_length, segment, chunk)
+    source = (first * H + head // (HV // H)) * K
+    qk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    for start in range(0, K, BK):
+        q_tile = load_tile(q + source, row, start + col, H * K, count, K)
+        k_tile_t = load_tile_t(k + source, row, start + col, H * K, count, K)
+        qk = product(q_tile, k_tile_t, qk, PRECISION)
+        if HAS_DELTA:
+            k_tile = load_tile(k + source, row, start + col, H * K, count, K)
+            kk = product(k_tile, k_tile_t, kk, PRECISION)
+    if HAS_GATE:
+        high, low = load_gate(g + first * HV + head, row, count, HV)
+        decay = pair_decay(high, low, row)
+        qk *= decay
+        if HAS_DELTA:
+            kk *= decay
+    qk = tl.where(row[:, None] >= square[None, :], qk * scale, 0.0)
+    store_tile(scores + square_offset, qk, row, square, HV * ROWS, ROWS, ROWS)
+    if HAS_DELTA:
+        rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
+        kk = tl.where(row[:, None] > square[None, :], kk * rate[:, None], 0.0)
+        store_tile(inverse + square_offset, unit_lower_inverse(kk), row, square, HV * ROWS, ROWS, ROWS)
+
+
+@triton.jit
+def chunk_scan_kernel(
+    k, v, g, beta, inverse, initial_state, segment_start, segment_length, final_state, states, v_new,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
+    BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state through the chunks of one segment, for one value head and block of V; NK tiles of BK rows of it."""
+    pid = tl.program_id(0)
+    segment, head = (pid // HV).to(tl.int64), pid % HV
+    row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    start, length = tl.load(segment_start + segment), tl.load(segment_length + segment)
+    state_offset = (segment * HV + head) * K * V
+    state = ()
+    for b in tl.static_range(NK):
+        if initial_state is None:
+            tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
+        else:
+            tile = load_tile(initial_state + state_offset, b * BK + col, value, V, K, V).to(tl.float32)
+        state = state + (tile,)
+    for step in range(0, (length + ROWS - 1) // ROWS):
+        chunk = (start // ROWS + step).to(tl.int64)
+        first, count = chunk * ROWS, length - step * ROWS
+        source = (first * H + head // (HV // H)) * K
+        target = (first * HV + head) * V
+        v_tile = load_tile(v + target, row, value, HV * V, count, V).to(tl.float32)
+        if HAS_GATE:
+            high, low = load_gate(g + first * HV + head, row, count, HV)
+            from_start, to_end, total = edge_decay(high, low)
+        for b in tl.static_range(NK):
+            store_tile(states + (chunk * HV + head) * K * V, state[b], b * BK + col, value, V, K, V)
+        if HAS_DELTA:
+            read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
+            for b in tl.static_range(NK):
+                k_tile = load_tile(k + source, row, b * BK + col, H * K, count, K)
+                read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
+            if HAS_GATE:
+                read *= from_start[:, None]
+            rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
+            v_tile = (v_tile - read) * rate[:, None]
+            a_tile = load_tile(inverse + (first * HV + head) * ROWS, row, square, HV * ROWS, ROWS, ROWS)
+            zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
+            v_tile = product(a_tile, v_tile.to(a_tile.dtype), zero, PRECISION)
+            store_tile(v_new + target, v_tile, row, value, HV * V, ROWS, V)
+        if HAS_GATE:
+            v_tile *= to_end[:, None]
+        after = ()
+        for b in tl.static_range(NK):
+            k_tile_t = load_tile_t(k + source, row, b * BK + col, H * K, count, K)
+            tile = state[b]
+            if HAS_GATE:
+                tile *= total
+            after = after + (product(k_tile_t, v_tile.to(k_tile_t.dtype), tile, PRECISION),)
+        state = after
+    for b in tl.static_range(NK):
+        store_tile(final_state + state_offset, state[b], b * BK + col, value, V, K, V)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def chunk_out_kernel(
+    q, g, v_new, scores, states, segment_start, segment_length, chunk_segment, o, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of one chunk, value head and block of V."""
+    pid = tl.program_id(0)
+    chunk, head = (pid // HV).to(tl.int64), pid % HV
+    row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    first = chunk * ROWS
+    target = (first * HV + head) * V
+    out = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
+    segment = tl.load(chunk_segment + chunk)
+    if segment < 0:
+        store_tile(o + target, out, row, value, HV * V, ROWS, V)
+        return
+    count = valid_rows(segment_start, segment_length, segment, chunk)
+    source = (first * H + head // (HV // H)) * K
+    for start in range(0, K, BK):
+        q_tile = load_tile(q + source, row, start + col, H * K, count, K)
+        s_tile = load_tile(states + (chunk * HV + head) * K * V, start + col, value, V, K, V)
+        out = product(q_tile, s_tile, out, PRECISION)
+    if HAS_GATE:
+        high, low = load_gate(g + first * HV + head, row, count, HV)
+        from_start, _, _ = edge_decay(high, low)
+        out *= from_start[:, None]
+    p_tile = load_tile(scores + (first * HV + head) * ROWS, row, square, HV * ROWS, ROWS, ROWS)
+    v_tile = load_tile(v_new + target, row, value, HV * V, count, V)
+    out = product(p_tile, v_tile, out * scale, PRECISION)
+    store_tile(o + target, out, row, value, HV * V, ROWS, V)
