@@ -135,7 +135,8 @@ def short_conv_bwd(
     if initial_state is None:
         dinitial = x.new_empty(0)
     else:
-        dinitial = dhistory.view(-1, width - 1, x.shape[1]).transpose(1, 2).to(initial_state.dtype).contiguous()
+        dhistory = dhistory.view(segment_start.shape[0], width - 1, x.shape[1])
+        dinitial = dhistory.transpose(1, 2).to(initial_state.dtype).contiguous()
     return dx.to(x.dtype), dweight.to(weight.dtype), dinitial
 
 

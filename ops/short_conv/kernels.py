@@ -278,7 +278,7 @@ def initial_state_kernel(
     offset = (segment.to(tl.int64) * F + feature)[None, :] * (WIDTH - 1)
     if dfinal is not None:
         kept = slot - length
-        mask = ((kept >= 0) & (slot < WIDTH - 1))[:, None] & channel
+        mask = ((kept >= 0) & (kept < WIDTH - 1) & (slot < WIDTH - 1))[:, None] & channel
         total += tl.load(dfinal + offset + kept[:, None], mask=mask, other=0.0).to(tl.float32)
     mask = (slot < WIDTH - 1)[:, None] & channel
     tl.store(dstate + offset + slot[:, None], total.to(dstate.dtype.element_ty), mask=mask)
