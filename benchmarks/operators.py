@@ -3,8 +3,8 @@
     python benchmarks/operators.py [--device cuda|cpu] [--size 512m|small] [--rule gated_delta] [--out FOLDER]
 
 The shapes are those of one layer. "bytes" counts each input read once and each output written once, so "of copy" is
-the share of the copy bandwidth an operator would reach if it moved no more than that. Medians; on a shared CPU read only the
-ratios. With flash-linear-attention installed its chunk_gated_delta_rule is timed in the same run.
+the share of the copy bandwidth an operator would reach if it moved no more than that. Medians; on a shared CPU read
+only the ratios. With flash-linear-attention installed its chunk_gated_delta_rule is timed in the same run.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def chunked(
         decayed = carry if total is None else carry * rest[-1]
         return [decayed + torch.bmm(k_end.transpose(1, 2), v_new), o]
 
-    # The operator itself: torch's scan() would run Dynamo, which has no ranges for the sizes of a decomposition.
+    # The operator itself: torch's scan() would run Dynamo, which has no ranges for these sizes.
     # Three axes and bmm in its body: a matmul of four would capture the batch size, which the converter refuses.
     batch, heads = state.shape[:2]
     state, o = scan_op(body, [state.flatten(0, 1)], xs, additional_inputs=())
@@ -148,10 +148,10 @@ def _block_inverse(lower: Tensor) -> Tensor:
     return result
 
 
-def _rule_decomposition(rule: Rule, lowering: RuleLowering) -> Lowering:
+def _rule_lowering(rule: Rule, lowering: RuleLowering) -> Lowering:
     """``mom::recurrent_<rule>`` with its own arguments -> the lowering with those of the family."""
 
-    def decomposition(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def replacement(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         arguments = list(rest)
         g = arguments.pop(0) if rule.gate != "none" else None
         beta = arguments.pop(0) if rule.delta else None
@@ -162,17 +162,13 @@ def _rule_decomposition(rule: Rule, lowering: RuleLowering) -> Lowering:
             q, k = (x.unsqueeze(3).expand(*x.shape[:3], groups, x.shape[3]).flatten(2, 3) for x in (q, k))
         return lowering(rule, q, k, v, g, beta, state, float(scale))
 
-    return decomposition
+    return replacement
 
 
-def decompositions(target: str, decode: bool) -> dict[Any, Lowering]:
-    """Operator -> replacement for ``ExportedProgram.run_decompositions``."""
+def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
+    """Operator -> replacement, under the overload and under its packet: Python code calls either."""
     rule_lowering = linear_attention if target == "onnxruntime" else one_token if decode else chunked
-    table: dict[Any, Lowering] = {
-        torch.ops.mom.route.default: _route,
-        torch.ops.mom.gated_rms_norm.default: _gated_rms_norm,
-    }
+    table: dict[Any, Lowering] = {torch.ops.mom.route: _route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
     for rule in RULES.values():
-        op = getattr(torch.ops.mom, f"recurrent_{rule.op}").default
-        table[op] = _rule_decomposition(rule, rule_lowering)
-    return table
+        table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
+    return {**table, **{packet.default: replacement for packet, replacement in table.items()}}

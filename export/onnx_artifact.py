@@ -24,7 +24,7 @@ from ..state import layer_shapes
 from ..tokenizer import BYTE_VOCAB_SIZE
 from ._onnxruntime import require_onnxruntime
 from .artifact import is_artifact, write_manifest
-from .lowerings import decompositions
+from .lowerings import lowerings
 from .program import export_program, state_names
 from .structure import describe_graph
 
@@ -184,7 +184,7 @@ def _graph(model: MoMForCausalLM, target: str, decode: bool) -> Any:
     """One graph as an onnx_ir model."""
     names = [f"{layer}.{name}" for layer, name in state_names(model.config)]
     with _quiet():
-        program = export_program(model, decode).run_decompositions(decompositions(target, decode))
+        program = export_program(model, decode, lowerings(target, decode))
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,

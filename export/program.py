@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
@@ -27,13 +29,28 @@ def flat_shapes(config: MoMConfig, batch_size: int) -> dict[str, tuple[int, ...]
     }
 
 
-class StateProgram(nn.Module):
-    """``forward(input_ids, past) -> (logits, present)`` over the portable form; ``past`` is a flat list of tensors."""
+class _Replace(TorchFunctionMode):
+    """Calls another function in place of each operator of a table."""
 
-    def __init__(self, model: MoMForCausalLM) -> None:
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.table.get(func, func)(*args, **(kwargs or {}))
+
+
+class StateProgram(nn.Module):
+    """``forward(input_ids, past) -> (logits, present)`` over the portable form; ``past`` is a flat list of tensors.
+
+    ``lowerings``: operator -> replacement. Replacing them while the model is traced spares a pass over the program.
+    """
+
+    def __init__(self, model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self.model = model
         self.names = state_names(model.config)
+        self.lowerings = lowerings
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """input_ids ``[B, T]``, past as :func:`flat_shapes`; logits ``[B, T, vocab_size]``."""
@@ -41,7 +58,8 @@ class StateProgram(nn.Module):
         state: list[dict[str, Tensor]] = [{} for _ in range(self.model.config.num_hidden_layers)]
         for (layer, name), tensor in zip(self.names, past, strict=True):
             state[layer][name] = tensor.unflatten(1, (memories, -1))
-        out = self.model(input_ids, state=tuple(state), form="portable")
+        with _Replace(self.lowerings):
+            out = self.model(input_ids, state=tuple(state), form="portable")
         assert out.logits is not None
         return out.logits, [out.state[layer][name].flatten(1, 2) for layer, name in self.names]
 
@@ -56,8 +74,10 @@ def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tens
     return ids, past
 
 
-def export_program(model: MoMForCausalLM, decode: bool) -> torch.export.ExportedProgram:
-    """The torch.export program: dynamic batch; one token for decode, any length for prefill."""
+def export_program(
+    model: MoMForCausalLM, decode: bool, lowerings: Mapping[Any, Callable[..., Any]]
+) -> torch.export.ExportedProgram:
+    """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram."""
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
     ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else EXAMPLE_LENGTH)
@@ -66,7 +86,7 @@ def export_program(model: MoMForCausalLM, decode: bool) -> torch.export.Exported
     try:
         with torch.no_grad():
             return torch.export.export(
-                StateProgram(model.eval()),
+                StateProgram(model.eval(), lowerings),
                 (ids, past),
                 dynamic_shapes=(ids_shape, [{0: batch}] * len(past)),
                 strict=False,

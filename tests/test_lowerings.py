@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import KINDS, assert_close, rule_inputs
 
-from mom_compile.export.lowerings import chunked, decompositions, one_token
+from mom_compile.export.lowerings import chunked, lowerings, one_token
 from mom_compile.ops import RULES
 from mom_compile.ops.memory_rule import recurrence_reference
 
@@ -41,6 +41,6 @@ def test_one_token(rule: str) -> None:
 def test_every_rule_has_a_lowering() -> None:
     for target in ("onnxruntime", "portable"):
         for decode in (False, True):
-            table = decompositions(target, decode)
+            table = lowerings(target, decode)
             for rule in RULES.values():
                 assert getattr(torch.ops.mom, f"recurrent_{rule.op}").default in table
