@@ -47,6 +47,13 @@ def test_fla_checkpoint(form: str) -> None:
     assert relative(torch.compile(model, backend="aot_eager", fullgraph=True)(ids).logits, logits) < 1e-5
 
 
+@torch.no_grad()
+def test_fla_checkpoint_compiled() -> None:
+    model = torch.compile(MoMForCausalLM.from_pretrained(FLA), fullgraph=True)
+    expected = load_file(FLA / "expected.safetensors")
+    assert relative(model(expected["input_ids"]).logits, expected["logits"]) < 1e-5
+
+
 def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(FLA), str(tmp_path / "ours")]) == 0
     assert "update rule gated_delta" in capsys.readouterr().out
