@@ -25,8 +25,8 @@ _TRAIN = {
 _MODEL = {
     "hidden_size": (int, "width (256)"),
     "num_layers": (int, "blocks (2)"),
-    "num_heads": (int, "heads (2)"),
-    "head_dim": (int, "size of a head (64)"),
+    "num_heads": (int, "heads (4)"),
+    "head_dim": (int, "size of a head (32)"),
     "num_memories": (int, "routed memories (4)"),
     "topk": (int, "memories that each token selects (2)"),
     "intermediate_size": (int, "width of the MLP (2 x width)"),
@@ -35,8 +35,8 @@ _MODEL = {
 _MODEL_DEFAULTS = {
     "hidden_size": 256,
     "num_hidden_layers": 2,
-    "num_heads": 2,
-    "head_dim": 64,
+    "num_heads": 4,
+    "head_dim": 32,
     "num_memories": 4,
     "topk": 2,
     "aux_loss_scale": 0.01,
