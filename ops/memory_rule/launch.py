@@ -47,14 +47,15 @@ def _power(n: int) -> int:
 def _config(kernel: Any, heads: _Heads) -> _Config:
     """Constants and launch options of a kernel; they fit the smallest shared memory of the architectures (99 KiB)."""
     key, value = _power(heads.K), _power(heads.V)
-    wide = heads.dtype == torch.float32  # products on the plain units: short sums, or they spill
+    # float32 products run on the plain units with their operands in registers: small blocks, more threads.
+    wide = heads.dtype == torch.float32
     constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
     if kernel is recurrent_kernel:
         bv, warps = min(value, 32), 4
         constants |= {"V": heads.V, "BK": key, "BV": bv, "HAS_DELTA": heads.delta}
         return _Config(constants, -(-heads.V // bv), warps)
     constants["PRECISION"] = "ieee" if wide else "interpreter" if INTERPRET else "tf32"
-    bk, bv, warps = min(key, 32 if wide else 64), min(value, 32 if wide else 64), 4
+    bk, bv, warps = (min(key, 32), min(value, 32), 8) if wide else (min(key, 64), min(value, 64), 4)
     if kernel is chunk_pairs_kernel:
         return _Config(constants | {"BK": bk, "HAS_DELTA": heads.delta}, 1, warps)
     constants |= {"V": heads.V, "BK": bk}
