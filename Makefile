@@ -25,24 +25,30 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/mom-compile demo $(DEMO_ARGS)
 
+PYTEST := $(BIN)/python -m pytest
+# One process per core, one file at a time: the tests themselves use one thread.
+PARALLEL := -n auto --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not kernels"
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels"
 	$(MAKE) test-interpret
 
 # The operators' own tests once more, through the Triton kernels, interpreted on the CPU.
 test-interpret: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow and not gpu and not kernels" $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels" $(INTERPRETED)
 
 INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) $(PARALLEL) -m slow
 
+# The operators' and the model's own tests with every tensor on the GPU, and those that only a GPU can run.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
+	MOM_TEST_DEVICE=cuda $(PYTEST) $(INTERPRETED) tests/test_opcheck.py tests/test_model.py tests/test_compile.py
+	$(PYTEST) -m gpu
 
 kernels: $(STAMP)
-	$(BIN)/python -m pytest -m kernels
+	$(PYTEST) $(PARALLEL) -m kernels
 
 check: lint types
 

@@ -8,13 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .onnx_artifact import to_onnx as to_onnx
     from .runner import OnnxRunner as OnnxRunner
     from .runner import load as load
-    from .to_onnx import to_onnx as to_onnx
-    from .verify import verify as verify
+    from .verification import verify as verify
 
 # Lazy: loading an artifact must import neither torch nor triton.
-_MODULES = {"OnnxRunner": "runner", "load": "runner", "to_onnx": "to_onnx", "verify": "verify"}
+# No module has the name of a function: importing it would put the module in the function's place.
+_MODULES = {
+    "OnnxRunner": "runner",
+    "load": "runner",
+    "to_onnx": "onnx_artifact",
+    "verify": "verification",
+}
 __all__ = ["OnnxRunner", "load", "to_onnx", "verify"]
 
 
@@ -23,6 +29,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _MODULES:
         value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-        globals()[name] = value  # a function wins over the module of the same name
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'mom_compile.export' has no attribute {name!r}; it has {', '.join(__all__)}")

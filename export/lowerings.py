@@ -21,7 +21,13 @@ Lowering = Callable[..., Any]
 RuleLowering = Callable[..., tuple[Tensor, Tensor]]
 
 # Names of com.microsoft::LinearAttention's update rules.
-_ORT_RULES = {"linear": "linear", "retention": "gated", "mamba2": "gated", "delta": "delta", "gated_delta": "gated_delta"}
+_ORT_RULES = {
+    "linear": "linear",
+    "retention": "gated",
+    "mamba2": "gated",
+    "delta": "delta",
+    "gated_delta": "gated_delta",
+}
 
 
 def _route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -151,6 +157,9 @@ def _rule_decomposition(rule: Rule, lowering: RuleLowering) -> Lowering:
         beta = arguments.pop(0) if rule.delta else None
         state, state_indices, cu_seqlens, scale = arguments
         assert state is not None and state_indices is None and cu_seqlens is None
+        groups = v.shape[2] // q.shape[2]
+        if groups > 1:  # every value head gets a copy of its key head
+            q, k = (x.unsqueeze(3).expand(*x.shape[:3], groups, x.shape[3]).flatten(2, 3) for x in (q, k))
         return lowering(rule, q, k, v, g, beta, state, float(scale))
 
     return decomposition

@@ -1,4 +1,4 @@
-"""The exported program: tokens and a flat state in, logits and the new state out, in the shapes of the ONNX contract."""
+"""The exported program: tokens and a flat state in, logits and the new state out, in the shapes of the contract."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def state_names(config: MoMConfig) -> list[tuple[int, str]]:
 
 def flat_shapes(config: MoMConfig, batch_size: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of one layer's state as the graphs carry it: memories and heads (channels) in one axis."""
-    return {name: (shape[0], shape[1] * shape[2], *shape[3:]) for name, shape in layer_shapes(config, batch_size).items()}
+    return {
+        name: (shape[0], shape[1] * shape[2], *shape[3:]) for name, shape in layer_shapes(config, batch_size).items()
+    }
 
 
 class StateProgram(nn.Module):

@@ -26,7 +26,10 @@ def main() -> None:
 
         tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
         ids = tokenizer.encode(args.prompt).ids
-        text = tokenizer.decode
+
+        def text(tokens: list[int]) -> str:
+            return tokenizer.decode(tokens)
+
     else:  # one token per byte
         ids = list(args.prompt.encode())
 

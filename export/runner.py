@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..config import MoMConfig
 from ..sampling import check_sampling, sample
-from ._extras import require_onnxruntime
+from ._onnxruntime import require_onnxruntime
 from .artifact import read_manifest
 
 LayerState = dict[str, NDArray[Any]]
@@ -70,7 +70,21 @@ class OnnxRunner:
                     f"{str(error).splitlines()[0][:300]}; it was made with {self.manifest['versions']['onnxruntime']}: "
                     "upgrade onnxruntime, or export with --to portable"
                 ) from error
+            self._check_session(self._sessions[name], name)
         return self._sessions[name]
+
+    def _check_session(self, session: Any, name: str) -> None:
+        """The graph takes the states that the manifest names."""
+        found = {value.name: value.shape for value in session.get_inputs()}
+        for layer in range(self.config.num_hidden_layers):
+            for state, shape in self._shapes.items():
+                key = f"past_key_values.{layer}.{state}"
+                want = ["batch", shape[0] * shape[1], *shape[2:]]
+                if found.get(key) != want:
+                    raise ValueError(
+                        f"{self.manifest['graphs'][name]} must take {key} {want} by manifest.json, got "
+                        f"{found.get(key)}; the files belong to different models: export again"
+                    )
 
     def init_state(self, batch_size: int) -> State:
         """Zeros: per layer ``recurrent_state`` ``[B, M', HV, K, V]`` and, with a convolution, ``conv_state``
@@ -162,7 +176,8 @@ class OnnxRunner:
         session, runtime = self._session("decode"), self._runtime
         feeds = self._feeds(batch_size, state)
         sets = [
-            {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()} for _ in range(2)
+            {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()}
+            for _ in range(2)
         ]
         ids = np.zeros((batch_size, 1), np.int64)
         ids_value = runtime.OrtValue.ortvalue_from_numpy(ids)

@@ -83,14 +83,22 @@ def read_json(path: Path) -> Any:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write contiguous copies of the tensors."""
+    """Write contiguous copies of the tensors.
+
+    Raises:
+        OSError: the file could not be written, a full disk among the reasons.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        str(path),
-        metadata={"format": "pt", **(metadata or {})},
-    )
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            str(path),
+            metadata={"format": "pt", **(metadata or {})},
+        )
+    except SafetensorError as error:  # it wraps what the system said
+        raise OSError(f"{path.name} could not be written: {error}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

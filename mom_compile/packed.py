@@ -50,12 +50,12 @@ def forward(
     if config.use_short_conv:
         history = None if state is None else state["conv_state"].flatten(0, 1).to(qkv.dtype)
         qkv, conv_state = short_conv_rows(qkv, layer.conv1d, plan, history)
-        new_state["conv_state"] = conv_state.unflatten(0, (sequences, memories))
+        new_state["conv_state"] = torch.unflatten(conv_state, 0, (sequences, memories))
     else:
         qkv = F.silu(qkv)
     q, k, v = qkv.split([layer.key_size, layer.key_size, layer.value_size], 1)
-    q, k = (l2_norm(part.unflatten(1, (config.num_heads, config.head_dim))) for part in (q, k))
-    v = v.unflatten(1, (config.value_heads, config.value_dim))
+    q, k = (l2_norm(torch.unflatten(part, 1, (config.num_heads, config.head_dim))) for part in (q, k))
+    v = torch.unflatten(v, 1, (config.value_heads, config.value_dim))
 
     g, beta, dt = _rows_of_gates(layer, [gates.g, gates.beta, gates.dt], plan)
     if rule.gate == "head":
@@ -64,9 +64,9 @@ def forward(
         v = v * dt.unsqueeze(-1).to(v.dtype)
     recurrent = None if state is None else state["recurrent_state"].flatten(0, 1)
     o, final_state = chunk_rows(rule.name, q, k, v, g, beta, layer.scale, recurrent, plan)
-    new_state["recurrent_state"] = final_state.unflatten(0, (sequences, memories))
+    new_state["recurrent_state"] = torch.unflatten(final_state, 0, (sequences, memories))
     o = combine(o, routing.weights.flatten(0, 1), plan)
-    return o.unflatten(0, (batch, length)), new_state, routing.logits
+    return torch.unflatten(o, 0, (batch, length)), new_state, routing.logits
 
 
 def _rows_of_gates(layer: MoMAttention, gates: list[Tensor | None], plan: DispatchPlan) -> list[Tensor | None]:
@@ -75,12 +75,12 @@ def _rows_of_gates(layer: MoMAttention, gates: list[Tensor | None], plan: Dispat
     if not present:
         return list(gates)
     groups = present[0].shape[1]
-    rows = permute(torch.cat(present, 2).flatten(1), plan).unflatten(1, (groups, -1))  # [S, G, n * HV]
+    rows = torch.unflatten(permute(torch.cat(present, 2).flatten(1), plan), 1, (groups, -1))  # [S, G, n * HV]
     if groups > 1:
         # A product with a one-hot row picks the memory: its gradient needs no scatter.
         memory = plan.chunk_segment % groups
         one_hot = (memory.unsqueeze(1) == torch.arange(groups, device=memory.device)).to(rows.dtype)
-        rows = (rows.unflatten(0, (memory.shape[0], -1)) * one_hot[:, None, :, None]).sum(2).flatten(0, 1)
+        rows = (torch.unflatten(rows, 0, (memory.shape[0], -1)) * one_hot[:, None, :, None]).sum(2).flatten(0, 1)
     else:
         rows = rows.squeeze(1)
     parts = list(rows.split(layer.config.value_heads, 1))

@@ -58,7 +58,7 @@ def forward(
     filled = position < total  # [B, M', T]
 
     q = _compact(layer.q_proj(x).unsqueeze(2), source)
-    kv = F.linear(x, layer.kv_proj.flatten(0, 1)).unflatten(2, (layer.kv_proj.shape[0], -1))
+    kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1)), 2, (layer.kv_proj.shape[0], -1))
     kv = _compact(kv, source)
     qkv = torch.cat([q, kv], 3) * filled.unsqueeze(-1).to(x.dtype)  # [B, M', T, C]
     new_state: LayerState = {}
@@ -66,8 +66,8 @@ def forward(
         qkv, new_state["conv_state"] = _convolve(layer, qkv, state, total)
     qkv = F.silu(qkv) * filled.unsqueeze(-1).to(qkv.dtype)
     q, k, v = qkv.split([layer.key_size, layer.key_size, layer.value_size], 3)
-    q, k = (l2_norm(part.unflatten(3, (heads, config.head_dim))) for part in (q, k))
-    v = v.unflatten(3, (value_heads, config.value_dim))
+    q, k = (l2_norm(torch.unflatten(part, 3, (heads, config.head_dim))) for part in (q, k))
+    v = torch.unflatten(v, 3, (value_heads, config.value_dim))
 
     mask = filled.unsqueeze(-1).to(routing.weights.dtype)
     g, beta, dt = (None if gate is None else _compact(gate, source) * mask for gate in gates)
@@ -89,18 +89,18 @@ def forward(
         layer.scale,
         recurrent_state,
     )
-    new_state["recurrent_state"] = final_state.unflatten(1, (memories, value_heads))
+    new_state["recurrent_state"] = torch.unflatten(final_state, 1, (memories, value_heads))
 
     # Back to the tokens: choice j of token t reads slot rank[t] of its memory.
-    o = o.unflatten(2, (memories, value_heads)).transpose(1, 2).flatten(3)  # [B, M', T, HV * V]
+    o = torch.unflatten(o, 2, (memories, value_heads)).transpose(1, 2).flatten(3)  # [B, M', T, HV * V]
     flat = o.flatten(1, 2)
     back = indices * length + rank.transpose(1, 2).gather(2, indices).clamp(min=0)  # [B, T, k']
     rows = flat.gather(1, back.flatten(1).unsqueeze(-1).expand(batch, back.shape[1] * back.shape[2], flat.shape[2]))
-    rows = rows.unflatten(1, (length, back.shape[2]))
+    rows = torch.unflatten(rows, 1, (length, back.shape[2]))
     if valid is not None:
         weights = weights * valid.unsqueeze(-1).to(weights.dtype)
     o = (rows * weights.unsqueeze(-1).to(rows.dtype)).sum(2)
-    return o.unflatten(2, (value_heads, config.value_dim)), new_state, routing.logits
+    return torch.unflatten(o, 2, (value_heads, config.value_dim)), new_state, routing.logits
 
 
 def _compact(x: Tensor, source: Tensor) -> Tensor:
@@ -131,4 +131,4 @@ def _convolve(
     y = F.conv1d(padded.flatten(1, 2), weight, groups=memories * channels)
     last = total + torch.arange(width - 1, device=x.device)  # [B, M', W-1]
     new_state = padded.gather(3, last.unsqueeze(2).expand(batch, memories, channels, width - 1))
-    return y.unflatten(1, (memories, channels)).transpose(2, 3), new_state
+    return torch.unflatten(y, 1, (memories, channels)).transpose(2, 3), new_state

@@ -47,10 +47,11 @@ def route_and_gate(layer: MoMAttention, x: Tensor, router_indices: Tensor | None
             small = F.linear(x.to(dtype), weight)
         parts = list(small.split([w.shape[0] for w in weights], -1))
     logits = parts.pop(0) if layer.custom_router is None else None
-    beta = parts.pop(0).unflatten(-1, (groups, -1)).sigmoid() if rule.delta else None
+    # torch.unflatten throughout: Dynamo of torch 2.11 cannot trace the method under torch.set_default_device.
+    beta = torch.unflatten(parts.pop(0), -1, (groups, -1)).sigmoid() if rule.delta else None
     g = dt = None
     if rule.gate == "scalar":
-        dt = F.softplus(parts.pop(0).unflatten(-1, (groups, -1)) + layer.dt_bias.to(dtype))
+        dt = F.softplus(torch.unflatten(parts.pop(0), -1, (groups, -1)) + layer.dt_bias.to(dtype))
         g = -layer.A_log.to(dtype).exp() * dt
     gates = Gates(g, beta, dt if rule.name == "mamba2" else None)
 

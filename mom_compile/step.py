@@ -59,7 +59,7 @@ def _token(
     pool = torch.arange(batch, device=x.device).unsqueeze(1) * memories + memory  # [B, k'] in the flattened states
     group = torch.zeros_like(memory) if config.single_kv_proj else memory
 
-    kv = F.linear(x[:, 0], layer.kv_proj.flatten(0, 1)).unflatten(1, (layer.kv_proj.shape[0], -1))
+    kv = torch.unflatten(F.linear(x[:, 0], layer.kv_proj.flatten(0, 1)), 1, (layer.kv_proj.shape[0], -1))
     q = layer.q_proj(x[:, 0]).unsqueeze(1).expand(batch, choices, layer.key_size)
     qkv = torch.cat([q, _pick(kv, group)], 2)  # [B, k', C]
     new_state: LayerState = {}
@@ -71,11 +71,11 @@ def _token(
         if valid is not None:
             new_window = torch.where(valid.view(-1, 1, 1, 1), new_window, conv_state[pool])
         conv_state = conv_state.index_put((pool,), new_window)
-        new_state["conv_state"] = conv_state.unflatten(0, (batch, memories))
+        new_state["conv_state"] = torch.unflatten(conv_state, 0, (batch, memories))
     qkv = F.silu(qkv)
     q, k, v = qkv.flatten(0, 1).split([layer.key_size, layer.key_size, layer.value_size], 1)
-    q, k = (l2_norm(part.unflatten(1, (config.num_heads, config.head_dim))).unsqueeze(1) for part in (q, k))
-    v = v.unflatten(1, (config.value_heads, config.value_dim)).unsqueeze(1)
+    q, k = (l2_norm(torch.unflatten(part, 1, (config.num_heads, config.head_dim))).unsqueeze(1) for part in (q, k))
+    v = torch.unflatten(v, 1, (config.value_heads, config.value_dim)).unsqueeze(1)
     g, beta, dt = (None if gate is None else _pick(gate[:, 0], group).flatten(0, 1).unsqueeze(1) for gate in gates)
     if rule.gate == "head":
         g = retention_gate(config.value_heads, x.device)
@@ -85,7 +85,7 @@ def _token(
     o, final_state = recurrent(
         rule.name, q, k, v, g, beta, layer.scale, state["recurrent_state"].flatten(0, 1), rows.flatten()
     )
-    new_state["recurrent_state"] = final_state.unflatten(0, (batch, memories))
+    new_state["recurrent_state"] = torch.unflatten(final_state, 0, (batch, memories))
     o = o.view(batch, choices, config.value_heads, config.value_dim)
     return (o * weights[..., None, None].to(o.dtype)).sum(1), new_state, routing.logits
 

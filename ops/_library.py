@@ -41,19 +41,36 @@ def register_op(
         autocast: names of the arguments that ``torch.autocast`` casts; every other one keeps its dtype.
     """
 
+    positions: list[int] = []  # of the arguments written in place
+
     def implementation(*args: Any) -> Any:
-        if triton is not None and use_triton(args):
+        if triton is None:
+            return cpu(*args)
+        if use_triton(args):
             return triton(*args)
-        return cpu(*args)
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        return cpu(*args) if device.type == "cpu" else _on_cpu(cpu, args, positions, device)
 
     op = custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=tuple(mutates_args), schema=schema)
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    positions += [i for i, argument in enumerate(overload._schema.arguments) if argument.name in mutates_args]
     if autocast:
         _register_autocast(name, overload, autocast)
     return overload
+
+
+def _on_cpu(function: Callable[..., Any], args: Sequence[Any], written: Sequence[int], device: torch.device) -> Any:
+    """Run on copies in host memory and bring the results back (float64 on a GPU: for verification, not for speed)."""
+    moved = [x.cpu() if isinstance(x, Tensor) else x for x in args]
+    results = function(*moved)
+    for position in written:
+        args[position].copy_(moved[position])
+    if isinstance(results, Tensor):
+        return results.to(device)
+    return tuple(x.to(device) for x in results)
 
 
 _autocast_library = torch.library.Library(NAMESPACE, "FRAGMENT")

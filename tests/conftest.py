@@ -1,16 +1,38 @@
-"""Every test starts from a fixed seed on one thread."""
+"""Every test starts from a fixed seed on one thread; one small artifact serves them all."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from mom_compile import MoMForCausalLM
+
 torch.set_num_threads(1)
+# MOM_TEST_DEVICE=cuda runs the operators' and the model's own tests through the GPU's kernels (make test-gpu).
+torch.set_default_device(os.environ.get("MOM_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
+    """A byte-level model and its artifact; tests that damage the folder copy it first."""
+    from models import tiny_model
+
+    from mom_compile import export
+
+    model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)
+    folder = tmp_path_factory.mktemp("small") / "artifact"
+    export.to_onnx(model, folder)
+    return model, folder
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

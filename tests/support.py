@@ -11,6 +11,7 @@ from torch import Tensor
 from mom_compile.ops import RULES, DispatchPlan, dispatch, l2_norm
 
 # The CPU by default; TRITON_INTERPRET=1 runs the same tests through the Triton kernels.
+ON_GPU = os.environ.get("MOM_TEST_DEVICE", "cpu") != "cpu"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Largest ||a - b|| / ||b|| of a result against the float64 reference, by dtype of the inputs.

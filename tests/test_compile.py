@@ -96,7 +96,7 @@ def test_inductor_forward_and_gradients() -> None:
 def test_autocast_compiles() -> None:
     model = tiny_model(num_hidden_layers=1).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = compiled(tokens(2, 30), return_logits=True, labels=tokens(2, 30))
     assert out.logits.dtype == torch.bfloat16 and out.router_logits[0].dtype == torch.float32
     out.loss.backward()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import INTERPRET, KINDS, TOLERANCES, assert_close, assert_parity, plan_cases, relative, rule_inputs
+from support import INTERPRET, KINDS, ON_GPU, TOLERANCES, assert_close, assert_parity, plan_cases, relative, rule_inputs
 from torch import Tensor
 
 import mom_compile.ops as ops
@@ -201,10 +201,16 @@ def test_messages() -> None:
         ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=torch.zeros(2, 4, 16, 8))
     with pytest.raises(ValueError, match="g must have one of the dtypes float32, float64, got bfloat16"):
         ops.chunk_gated_delta_rule(q, k, v, g.bfloat16(), beta)
+    with pytest.raises(ValueError, match="q must have batch size 1 with cu_seqlens, got 2"):
+        ops.chunk_linear_attn(q.expand(2, -1, -1, -1), k, v, cu_seqlens=torch.tensor([0, 5]))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the values of tensors on a GPU are not read")
+def test_messages_about_values() -> None:
+    q, k, v, g, beta = rule_inputs("gated_delta", (1, 5))
+    assert g is not None and beta is not None
     with pytest.raises(ValueError, match="state_indices must name different states"):
         ops.recurrent_gated_delta_rule(
             q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), g.expand(2, -1, -1),
             beta.expand(2, -1, -1), initial_state=torch.zeros(3, 4, 16, 8), state_indices=torch.tensor([1, 1]),
         )  # fmt: skip
-    with pytest.raises(ValueError, match="q must have batch size 1 with cu_seqlens, got 2"):
-        ops.chunk_linear_attn(q.expand(2, -1, -1, -1), k, v, cu_seqlens=torch.tensor([0, 5]))

@@ -248,13 +248,14 @@ def test_rule_per_layer() -> None:
     assert model(tokens(1, 5)).logits.shape == (1, 5, 50)
 
 
-@pytest.mark.parametrize("device_type", ["cpu"])
-def test_autocast(device_type: str) -> None:
+def test_autocast() -> None:
     model = tiny_model()
     ids = tokens(2, 40)
-    expected = model(ids).logits
-    with torch.autocast(device_type, torch.bfloat16):
-        out = model(ids, labels=ids, return_logits=True)
+    reference = model(ids)
+    # bfloat16 may choose other memories where two are nearly equal, so the choices are given.
+    expected, indices = reference.logits, [logits.topk(2).indices for logits in reference.router_logits]
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        out = model(ids, labels=ids, return_logits=True, router_indices=indices)
     assert out.logits is not None and out.logits.dtype == torch.bfloat16
     assert out.router_logits[0].dtype == torch.float32 and out.state[0]["recurrent_state"].dtype == torch.float32
     assert_close(out.logits, expected, 5e-2, "bf16 logits")

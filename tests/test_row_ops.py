@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_close, assert_parity, plan_cases
+from support import ON_GPU, assert_close, assert_parity, plan_cases
 
 from mom_compile.ops import combine, gated_rms_norm, grouped_linear, permute, short_conv
 from mom_compile.ops.combine import combine_reference
@@ -23,6 +23,22 @@ def test_permute(name: str) -> None:
         lambda x: permute(x, plan),
         lambda x: permute_reference(x, plan.slot_of, plan.entry_of),
         [torch.randn(tokens, 11)],
+    )
+
+
+@pytest.mark.parametrize(("features", "dtype"), [(48, torch.bfloat16), (100, torch.float16), (1100, torch.float32)])
+def test_permute_and_combine_by_features(features: int, dtype: torch.dtype) -> None:
+    plan, tokens, _ = CASES["masked"]()
+    assert_parity(
+        lambda x: permute(x, plan),
+        lambda x: permute_reference(x, plan.slot_of, plan.entry_of),
+        [torch.randn(tokens, features).to(dtype)],
+    )
+    o = torch.randn(plan.entry_of.shape[0], 2, features // 2).to(dtype)
+    assert_parity(
+        lambda o, w: combine(o, w, plan),
+        lambda o, w: combine_reference(o, w, plan.slot_of, plan.entry_of),
+        [o, torch.rand(tokens, 2)],
     )
 
 
@@ -57,6 +73,25 @@ def test_short_conv(name: str, with_state: bool, activation: str, width: int) ->
     assert_parity(function, reference, [rows, torch.randn(6, width), *state])
 
 
+@pytest.mark.parametrize(
+    ("features", "width", "dtype"),
+    [(100, 1, torch.float32), (70, 3, torch.float32), (48, 4, torch.bfloat16), (7, 6, torch.float16)],
+)
+@pytest.mark.parametrize("with_state", [True, False])
+def test_short_conv_by_features_and_width(features: int, width: int, dtype: torch.dtype, with_state: bool) -> None:
+    plan, tokens, segments = CASES["masked"]()
+    rows = permute(torch.randn(tokens, features).to(dtype), plan)
+    state = [torch.randn(segments, features, width - 1).to(dtype)] if with_state else []
+
+    def reference(x, weight, state=None):
+        return short_conv_reference(x, weight, state, plan.segment_start, plan.segment_length, "silu")
+
+    def function(x, weight, state=None):
+        return short_conv_rows(x, weight, plan, state)
+
+    assert_parity(function, reference, [rows, torch.randn(features, width).to(dtype), *state])
+
+
 def test_short_conv_on_sequences_continues_from_its_state() -> None:
     x, weight = torch.randn(2, 70, 6), torch.randn(6, 4)
     whole, final = short_conv(x, weight)
@@ -68,9 +103,20 @@ def test_short_conv_on_sequences_continues_from_its_state() -> None:
     assert torch.equal(packed.view(2, 70, 6), whole)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 5, 2, 20), (130, 60)])
-def test_gated_rms_norm(shape: tuple[int, ...]) -> None:
-    inputs = [torch.randn(shape), torch.randn(shape) * 3, torch.randn(shape[-1])]
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 8), torch.float32),
+        ((3, 5, 2, 20), torch.float32),
+        ((130, 60), torch.float32),
+        ((70, 100), torch.bfloat16),
+        ((5, 300), torch.float16),
+        ((0, 16), torch.float32),
+    ],
+)
+def test_gated_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # The weight keeps float32, as under autocast.
+    inputs = [torch.randn(shape).to(dtype), (torch.randn(shape) * 3).to(dtype), torch.randn(shape[-1])]
     assert_parity(
         lambda x, g, w: gated_rms_norm(x, g, w, 1e-6),
         lambda x, g, w: gated_rms_norm_reference(x, g, w, 1e-6),
@@ -97,6 +143,33 @@ def test_grouped_linear(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("bounds", "rows", "columns", "inner", "dtype"),
+    [
+        ([0, 5, 5, 70, 71, 150], 150, 33, 100, torch.float32),  # bounds inside tiles, several in one
+        ([0, 64, 192], 256, 130, 17, torch.float32),
+        ([0, 10, 20], 90, 40, 70, torch.bfloat16),
+        ([0, 0, 0], 64, 16, 16, torch.float16),
+        ([0, 0], 0, 8, 8, torch.float32),
+    ],
+)
+def test_grouped_linear_of_any_bounds(
+    bounds: list[int], rows: int, columns: int, inner: int, dtype: torch.dtype, transposed: bool
+) -> None:
+    offset = torch.tensor(bounds, dtype=torch.int32)
+    shape = (len(bounds) - 1, inner, columns) if transposed else (len(bounds) - 1, columns, inner)
+
+    def weight(w: torch.Tensor) -> torch.Tensor:
+        return w.transpose(1, 2) if transposed else w
+
+    assert_parity(
+        lambda x, w: grouped_linear(x, weight(w), offset),
+        lambda x, w: grouped_linear_reference(x, weight(w), offset),
+        [torch.randn(rows, inner).to(dtype), torch.randn(shape).to(dtype)],
+    )
+
+
 def test_messages() -> None:
     plan, tokens, _ = CASES["200-tokens"]()
     with pytest.raises(ValueError, match=r"slot_of must be \[T, k'\] = \[3, any\], got shape \(200, 3\)"):
@@ -109,5 +182,9 @@ def test_messages() -> None:
         gated_rms_norm(torch.randn(2, 4), torch.randn(2, 5), torch.ones(4))
     with pytest.raises(ValueError, match="slot_of must have k or k \\+ 1 columns for weights of k = 1, got 3"):
         combine(torch.randn(plan.entry_of.shape[0], 1, 2), torch.rand(tokens, 1), plan)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the values of tensors on a GPU are not read")
+def test_messages_about_values() -> None:
     with pytest.raises(ValueError, match="group_offset must rise from 0"):
         grouped_linear(torch.randn(64, 4), torch.randn(1, 2, 4), torch.tensor([0, 128], dtype=torch.int32))

@@ -1,1 +1,89 @@
 """Launches of the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._kernel_variant import KernelVariant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._layout import CHUNK
+from .kernels import grouped_linear_dweight_kernel, grouped_linear_fwd_kernel
+
+# Both operands of the products are plain loads: Triton 3.6 puts no proxy fence before such a product in a pipelined
+# loop on sm_90, so the loops have one stage.
+
+
+def _block(size: int, limit: int) -> int:
+    return min(next_power_of_2(max(size, 16)), limit)
+
+
+def _fwd_config(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Config:
+    """``shape`` and ``strides`` of the weight: constants of a model, as is its transposed view in the backward."""
+    groups, columns, inner = shape
+    wide = dtype == torch.float32
+    constants = {
+        "G": groups,
+        "N": columns,
+        "D": inner,
+        "STRIDE_G": strides[0],
+        "STRIDE_N": strides[1],
+        "STRIDE_D": strides[2],
+        "BLOCK_G": next_power_of_2(max(groups, 2)),
+        "BLOCK_R": CHUNK,
+        "BLOCK_N": _block(columns, 64 if wide else 128),
+        "BLOCK_D": _block(inner, 32 if wide else 64),
+    }
+    return Config(constants)
+
+
+def _dweight_config(columns: int, inner: int, dtype: torch.dtype) -> Config:
+    wide = dtype == torch.float32
+    constants = {
+        "N": columns,
+        "D": inner,
+        "BLOCK_R": 32 if wide else 64,
+        "BLOCK_N": _block(columns, 64),
+        "BLOCK_D": _block(inner, 64 if wide else 128),
+    }
+    return Config(constants)
+
+
+def grouped_linear_fwd(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
+    rows, (groups, columns, _) = x.shape[0], weight.shape
+    y = x.new_empty(rows, columns)
+    if groups == 0:
+        return y.zero_()
+    config = _fwd_config(tuple(weight.shape), weight.stride(), x.dtype)
+    grid = (cdiv(rows, config.constants["BLOCK_R"]) * cdiv(columns, config.constants["BLOCK_N"]),)
+    launch(grouped_linear_fwd_kernel, grid, config, x, weight, group_offset, y, rows)
+    return y
+
+
+def grouped_linear_dweight(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tensor:
+    (rows, inner), columns, groups = x.shape, dy.shape[1], group_offset.shape[0] - 1
+    dweight = x.new_empty(groups, columns, inner)
+    config = _dweight_config(columns, inner, x.dtype)
+    tiles = cdiv(columns, config.constants["BLOCK_N"]) * cdiv(inner, config.constants["BLOCK_D"])
+    launch(grouped_linear_dweight_kernel, (groups * tiles,), config, dy, x, group_offset, dweight, rows)
+    return dweight
+
+
+def variants() -> Iterator[KernelVariant]:
+    for groups, columns, inner in ((5, 1280, 1024), (5, 16, 16), (4, 100, 48), (17, 256, 2048), (1, 2048, 256)):
+        for dtype in KERNEL_DTYPES:
+            kind = pointer(dtype)
+            for transposed in (False, True):
+                strides = (columns * inner, *((1, columns) if transposed else (inner, 1)))
+                arguments = {"x": kind, "weight": kind, "group_offset": "*i32", "y": kind, "rows": "i32"}
+                label = f"G={groups} N={columns} D={inner} transposed={transposed} {dtype}"
+                quick = groups == 5 and inner == 1024 and dtype == KERNEL_DTYPES[1]
+                config = _fwd_config((groups, columns, inner), strides, dtype)
+                yield variant(label, grouped_linear_fwd_kernel, arguments, config, quick)
+            arguments = {"dy": kind, "x": kind, "group_offset": "*i32", "dweight": kind, "rows": "i32"}
+            label = f"G={groups} N={columns} D={inner} {dtype}"
+            config = _dweight_config(columns, inner, dtype)
+            quick = groups == 5 and inner == 1024 and dtype == KERNEL_DTYPES[1]
+            yield variant(label, grouped_linear_dweight_kernel, arguments, config, quick)

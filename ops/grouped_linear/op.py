@@ -47,6 +47,8 @@ def _cpu(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
 
 def _triton(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
     _check(x, weight, group_offset)
+    if not x.is_cuda:
+        _check_offsets(x.shape[0], group_offset)
     return launch.grouped_linear_fwd(x.contiguous(), weight, group_offset.contiguous())
 
 
@@ -69,6 +71,8 @@ def _dweight_cpu(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tensor:
 
 def _dweight_triton(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tensor:
     _dweight_check(dy, x, group_offset)
+    if not x.is_cuda:
+        _check_offsets(x.shape[0], group_offset)
     return launch.grouped_linear_dweight(dy.contiguous(), x.contiguous(), group_offset.contiguous())
 
 

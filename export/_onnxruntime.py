@@ -1,23 +1,14 @@
-"""Optional packages, imported late, with an error that names the command to install them."""
+"""onnxruntime: one copy of it, and new enough."""
 
 from __future__ import annotations
 
-import importlib
 from importlib import metadata
 from types import ModuleType
 
+from .._extras import require
+
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MIN_ONNXRUNTIME = (1, 24)
-
-
-def require(module: str, extra: str = "onnx") -> ModuleType:
-    """Import ``module`` or name the extra that brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{module} must be installed for this, got {error}; run: pip install "mom-compile[{extra}]"'
-        ) from error
 
 
 def require_onnxruntime() -> ModuleType:
@@ -30,10 +21,10 @@ def require_onnxruntime() -> ModuleType:
             continue
     if len(found) > 1:
         raise ImportError(
-            f"one of {' and '.join(RUNTIME_PACKAGES)} must be installed, got {' and '.join(found)}, which overwrite each "
-            "other; run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
+            f"one of {' and '.join(RUNTIME_PACKAGES)} must be installed, got {' and '.join(found)}, which overwrite "
+            "each other; run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
         )
-    runtime = require("onnxruntime")
+    runtime = require("onnxruntime", "onnx")
     version = tuple(int(part) for part in runtime.__version__.split(".")[:2])
     if version < MIN_ONNXRUNTIME:
         wanted = ".".join(map(str, MIN_ONNXRUNTIME))

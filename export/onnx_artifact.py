@@ -1,0 +1,265 @@
+"""Writing an ONNX artifact: prefill and decode graphs over one weights file, verified before the folder appears."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._extras import check_installed
+from .._files import atomic_directory
+from ..model import MoMForCausalLM
+from ..state import layer_shapes
+from ..tokenizer import BYTE_VOCAB_SIZE
+from ._onnxruntime import require_onnxruntime
+from .artifact import is_artifact, write_manifest
+from .lowerings import decompositions
+from .program import export_program, state_names
+from .structure import describe_graph
+
+if TYPE_CHECKING:
+    from ..report import Report
+
+TARGETS = ("onnxruntime", "portable")
+OPSET = 20
+WEIGHTS_FILE = "weights.bin"
+GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
+INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can read them
+ALIGNMENT = 64
+
+
+def to_onnx(
+    model: MoMForCausalLM,
+    directory: str | os.PathLike[str],
+    target: str = "onnxruntime",
+    tokenizer: str | os.PathLike[str] | None = None,
+    tolerance: float = 1e-4,
+) -> Report:
+    """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
+
+    The folder holds ``prefill.onnx`` (any batch and length), ``decode.onnx`` (one token), their common ``weights.bin``,
+    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. Inputs ``input_ids`` ``[B, T]``
+    int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]``, ``past_key_values.{i}.recurrent_state``
+    ``[B, M'*HV, K, V]`` float32; outputs ``logits`` ``[B, T, vocab_size]`` and ``present.{i}.*`` in the same shapes.
+
+    Args:
+        model: exported in float32; not changed.
+        directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
+        target: ``onnxruntime`` (com.microsoft::LinearAttention, fast) or ``portable`` (standard operators only).
+        tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
+        tolerance: largest relative error of logits and states against the PyTorch model.
+
+    Returns:
+        What was compared, with the errors; see :class:`mom_compile.report.Report`.
+
+    Raises:
+        ValueError: an unknown target, a folder that holds something else, or an artifact that missed its tolerance
+            (nothing is left behind).
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+    """
+    from .verification import record_reference, verify_folder
+
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
+    check_installed(("onnx", "onnxscript", "onnx_ir"), "onnx")
+    runtime = require_onnxruntime()
+    folder = Path(directory)
+    if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder):
+        raise ValueError(f"directory must be new, empty or an artifact, got {str(folder)!r} with other files in it")
+    exact = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    with atomic_directory(folder, keep=False) as staging:
+        kind = _write_tokenizer(staging, tokenizer, model.config.vocab_size)
+        graphs = _write_graphs(exact, staging, target)
+        run_py = resources.files(__package__ or "").joinpath("run_template.py").read_text(encoding="utf-8")
+        (staging / "run.py").write_text(run_py, encoding="utf-8")
+        record_reference(exact, staging)
+        manifest = {
+            "kind": "onnx",
+            "target": target,
+            "config": exact.config.to_dict(),
+            "graphs": GRAPHS,
+            "state": [
+                {"name": name, "shape": list(shape[1:])} for name, shape in layer_shapes(exact.config, 1).items()
+            ],
+            "tokenizer": kind,
+            "io": graphs,
+            "schemas_sha256": hashlib.sha256(
+                resources.files("mom_compile.ops").joinpath("schemas.txt").read_bytes()
+            ).hexdigest(),
+            "versions": _versions(runtime),
+            "tolerance": tolerance,
+        }
+        write_manifest(staging, manifest)
+        report = verify_folder(staging, exact, tolerance)
+        if not report.passed:
+            raise ValueError(
+                f"the artifact must agree with the model to {tolerance:g}, got\n{report}\n"
+                "nothing was written; raise the tolerance only if these errors are acceptable"
+            )
+        write_manifest(staging, {**manifest, "parity": report.to_dict()})
+    return report
+
+
+def _versions(runtime: Any) -> dict[str, str]:
+    names = ("mom-compile", "torch", "onnx", "onnxscript")
+    return {
+        **{name: metadata.version(name) for name in names},
+        "onnxruntime": runtime.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _write_tokenizer(folder: Path, tokenizer: str | os.PathLike[str] | None, vocab_size: int) -> str:
+    if tokenizer is not None:
+        source = Path(tokenizer)
+        if not source.is_file():
+            raise ValueError(f"tokenizer must be a tokenizer.json file, got {str(source)!r}; pass its path")
+        shutil.copyfile(source, folder / "tokenizer.json")
+        return "tokenizers"
+    return "byte" if vocab_size == BYTE_VOCAB_SIZE else "none"
+
+
+class _Weights:
+    """The weights file: every distinct tensor once, whichever graphs use it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._offsets: dict[bytes, int] = {}
+
+    def place(self, tensor: Any) -> Any:
+        """The tensor as one that lies in the file."""
+        import onnx_ir as ir
+
+        data = tensor.tobytes()
+        key = hashlib.sha256(data).digest()
+        if key not in self._offsets:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            self._offsets[key] = self._file.tell()
+            self._file.write(data)
+        return ir.ExternalTensor(
+            self.path.name,
+            self._offsets[key],
+            len(data),
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=str(self.path.parent),
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _write_graphs(model: MoMForCausalLM, folder: Path, target: str) -> dict[str, Any]:
+    """Both graphs and their weights; returns their description for the manifest."""
+    import onnx_ir as ir
+
+    weights = _Weights(folder / WEIGHTS_FILE)
+    try:
+        for name, file in GRAPHS.items():
+            graph_model = _graph(model, target, decode=name == "decode")
+            graph_model.graph.name = f"mom_{name}"
+            for value in graph_model.graph.initializers.values():
+                if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
+                    value.const_value = weights.place(value.const_value)
+            ir.save(graph_model, folder / file)
+    finally:
+        weights.close()
+    return {name: describe_graph(folder / file) for name, file in GRAPHS.items()}
+
+
+def _graph(model: MoMForCausalLM, target: str, decode: bool) -> Any:
+    """One graph as an onnx_ir model."""
+    names = [f"{layer}.{name}" for layer, name in state_names(model.config)]
+    with _quiet():
+        program = export_program(model, decode).run_decompositions(decompositions(target, decode))
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
+            output_names=["logits", *(f"present.{name}" for name in names)],
+            verbose=False,
+        )
+    assert onnx_program is not None
+    result = onnx_program.model
+    _name_axes(result.graph, decode)
+    _strip(result)
+    return result
+
+
+def _name_axes(graph: Any, decode: bool) -> None:
+    """Name the symbolic axes of inputs and outputs, and forget those of intermediate values."""
+    import onnx_ir as ir
+
+    # The exporter's own names (s56, 64*((s70+63)//64)) mean nothing to a reader; a runtime infers the inner shapes.
+    outer = [*graph.inputs, *graph.outputs]
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value not in graph.outputs and value.shape is not None and any(map(_is_symbolic, value.shape)):
+                value.shape = None
+    for value in outer:
+        sequence_axis = 1 if value.name in ("input_ids", "logits") else None
+        value.shape = ir.Shape(
+            "batch" if axis == 0 else "sequence" if axis == sequence_axis and not decode else size
+            for axis, size in enumerate(value.shape)
+        )
+
+
+def _is_symbolic(size: Any) -> bool:
+    return not isinstance(size, int)
+
+
+def _strip(model: Any) -> None:
+    """Remove stack traces and module paths: they name files of the exporting machine."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    for graph in _graphs(model.graph):
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+            value.doc_string = None
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                value.doc_string = None
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """A graph and the bodies inside it."""
+    yield graph
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.type.name == "GRAPH":
+                yield from _graphs(attribute.as_graph())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on packages and symbols that concern nobody here."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

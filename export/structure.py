@@ -1,0 +1,117 @@
+"""What an ONNX graph takes, gives and is made of, and whether an artifact promises just that. Needs no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .._extras import require
+from ..config import MoMConfig
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+TARGET_DOMAINS = {"portable": STANDARD_DOMAINS, "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft")}
+
+
+def describe_graph(path: Path) -> dict[str, Any]:
+    """Inputs and outputs (name, dtype, shape), opsets and operator counts of a saved graph."""
+    onnx = require("onnx", "onnx")
+    model = onnx.load(str(path), load_external_data=False)
+    return {
+        "inputs": [_describe_value(onnx, value) for value in model.graph.input],
+        "outputs": [_describe_value(onnx, value) for value in model.graph.output],
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "operators": dict(sorted(Counter(_operator(node) for node in _nodes(model)).items())),
+    }
+
+
+def expected_io(
+    config: MoMConfig, shapes: Mapping[str, tuple[int, ...]], decode: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """The inputs and outputs of design contract: tokens and the past state in, logits and the present state out.
+
+    ``shapes``: one layer's state by name, without the batch, memories and heads (channels) apart.
+    """
+    length: int | str = 1 if decode else "sequence"
+
+    def state(prefix: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": f"{prefix}.{layer}.{name}",
+                "dtype": "float32",
+                "shape": ["batch", shape[0] * shape[1], *shape[2:]],
+            }
+            for layer in range(config.num_hidden_layers)
+            for name, shape in shapes.items()
+        ]
+
+    return {
+        "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", length]}, *state("past_key_values")],
+        "outputs": [
+            {"name": "logits", "dtype": "float32", "shape": ["batch", length, config.vocab_size]},
+            *state("present"),
+        ],
+    }
+
+
+def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise unless every graph of the folder passes the checker and has the contract's names, shapes and domains.
+
+    Raises:
+        ValueError: names the graph and what differs.
+    """
+    onnx = require("onnx", "onnx")
+    config = MoMConfig.from_dict(manifest["config"])
+    shapes = {entry["name"]: tuple(entry["shape"]) for entry in manifest["state"]}
+    allowed = TARGET_DOMAINS[manifest["target"]]
+    for name, file in manifest["graphs"].items():
+        path = folder / file
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except Exception as error:
+            raise ValueError(f"{file} must pass the ONNX checker, got {str(error).strip()[:500]}") from error
+        description = describe_graph(path)
+        expected = expected_io(config, shapes, decode=name == "decode")
+        for side in ("inputs", "outputs"):
+            for want, got in zip(expected[side], description[side], strict=False):
+                if want != got:
+                    raise ValueError(f"{file} must have {want} among its {side}, got {got}; export again")
+            if len(expected[side]) != len(description[side]):
+                raise ValueError(
+                    f"{file} must have {len(expected[side])} {side}, got {len(description[side])}; export again"
+                )
+        foreign = sorted(operator for operator in description["operators"] if _domain(operator) not in allowed)
+        if foreign:
+            raise ValueError(f"{file} must hold operators of {allowed} alone, got {', '.join(foreign)}; export again")
+
+
+def _domain(operator: str) -> str:
+    return operator.rpartition("::")[0]
+
+
+def _operator(node: Any) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain not in STANDARD_DOMAINS else node.op_type
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    """Every node: of the graph, of the bodies inside it and of the model's functions."""
+    for owner in (model.graph, *model.functions):
+        yield from _walk(owner.node)
+
+
+def _walk(nodes: Any) -> Iterator[Any]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _walk(graph.node)
+
+
+def _describe_value(onnx: Any, value: Any) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    return {
+        "name": value.name,
+        "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+        "shape": [size.dim_param or size.dim_value for size in tensor.shape.dim],
+    }

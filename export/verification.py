@@ -1,0 +1,225 @@
+"""Holding an artifact to the model it came from: structure, logits, states, greedy text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import MoMConfig
+from ..report import Check, Report, relative
+from .artifact import read_manifest
+from .runner import OnnxRunner, State, load
+from .structure import check_structure
+
+if TYPE_CHECKING:
+    from ..model import MoMForCausalLM
+
+REFERENCE_FILE = "reference.npz"
+REFERENCE_LOGITS = 256  # vocabulary entries kept per position
+DECODE_STEPS = 64
+# (batch, length): off the exported example's length, around chunk boundaries, and one token.
+PREFILL_SHAPES = ((1, 1), (3, 7), (2, 63), (2, 64), (1, 65), (2, 130), (1, 200))
+ROUTING_MARGIN = 1e-5  # below it two float32 implementations may rightly choose different memories
+MIN_COMPARED = 0.5  # share of the tokens that a check must have compared
+
+
+def verify(
+    directory: str | os.PathLike[str], model: MoMForCausalLM | None = None, tolerance: float | None = None
+) -> Report:
+    """Verify an artifact folder.
+
+    Args:
+        directory: written by ``to_onnx``.
+        model: what it was exported from; compared over many lengths, 64 decode steps and greedy text. None: the
+            folder's own recorded reference is used, which needs no torch.
+        tolerance: relative; None takes the manifest's.
+
+    Raises:
+        ValueError: a damaged or edited folder, or a model of another configuration.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    tolerance = manifest["tolerance"] if tolerance is None else tolerance
+    if model is not None:
+        expected = MoMConfig.from_dict(manifest["config"])
+        if model.config != expected:
+            raise ValueError(
+                f"model must have the configuration in {folder / 'manifest.json'}, got {model.config}; "
+                "pass the checkpoint that was exported"
+            )
+    return verify_folder(folder, model, tolerance)
+
+
+def verify_folder(folder: Path, model: MoMForCausalLM | None, tolerance: float) -> Report:
+    """:func:`verify` without the comparison of configurations."""
+    runner = load(folder)
+    checks = [_structure(folder, runner), _recorded(folder, runner, tolerance)]
+    if model is not None:
+        checks += _against_model(runner, model, tolerance)
+    return Report(f"{runner.manifest['target']} artifact", tolerance, tuple(checks))
+
+
+def _structure(folder: Path, runner: OnnxRunner) -> Check:
+    try:
+        check_structure(folder, runner.manifest)
+    except ValueError as error:
+        return Check("structure, operators and ONNX checker", None, False, str(error))
+    return Check("structure, operators and ONNX checker", None, True)
+
+
+# ---- the recorded reference ------------------------------------------------------------------------------------------
+
+
+def _tokens(vocab_size: int, batch: int, length: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch, length))
+
+
+def record_reference(model: MoMForCausalLM, folder: Path) -> None:
+    """Write a small file of tokens and the model's logits: ``verify`` without the checkpoint compares with it."""
+    import torch
+
+    ids = _tokens(model.config.vocab_size, 2, 150, seed=1)
+    with torch.no_grad():
+        out = model(torch.from_numpy(ids))
+    decided = _decided(out.router_logits, model.config.topk)
+    logits = out.logits.numpy()[..., :REFERENCE_LOGITS].astype(np.float32)
+    positions = np.array([0, 62, 63, 64, 65, 127, 128, 148, 149])
+    np.savez(folder / REFERENCE_FILE, ids=ids, positions=positions, logits=logits[:, positions], decided=decided)
+
+
+def _recorded(folder: Path, runner: OnnxRunner, tolerance: float) -> Check:
+    with np.load(folder / REFERENCE_FILE, allow_pickle=False) as file:
+        ids, positions, expected, decided = (file[name] for name in ("ids", "positions", "logits", "decided"))
+    logits, state = runner(ids[:, :100])
+    pieces = [logits]
+    for start in (100, 101, 102):  # two decode steps, then the rest as a second prefill
+        stop = start + 1 if start < 102 else ids.shape[1]
+        logits, state = runner(ids[:, start:stop], state)
+        pieces.append(logits)
+    actual = np.concatenate(pieces, 1)[:, positions, : expected.shape[2]]
+    use = positions[None] < decided[:, None]
+    error = relative(actual[use], expected[use])
+    return _check("logits against the recorded reference", error, tolerance, use)
+
+
+# ---- against the model -----------------------------------------------------------------------------------------------
+
+
+def _decided(router_logits: Sequence[Any], topk: int) -> NDArray[np.int64]:
+    """``[B]``: tokens of each row before the first whose routing hangs on less than :data:`ROUTING_MARGIN`.
+
+    An exact tie is decided: it goes to the lowest index everywhere.
+    """
+    import torch
+
+    margins = []
+    for logits in router_logits:
+        if topk < logits.shape[-1]:
+            ordered = logits.detach().float().sort(-1, descending=True).values
+            margins.append(ordered[..., topk - 1] - ordered[..., topk])
+    if not margins:
+        shape = router_logits[0].shape if router_logits else (1, 1 << 30)
+        return np.full(shape[0], 1 << 30)
+    margin = torch.stack(margins)
+    close = ((margin < ROUTING_MARGIN) & (margin > 0)).any(0)  # [B, T]
+    first = torch.where(close.any(1), close.int().argmax(1), 1 << 30)
+    return first.numpy()
+
+
+def _state_arrays(state: Any) -> State:
+    return tuple({name: value.numpy() for name, value in layer.items()} for layer in state)
+
+
+def _random_state(runner: OnnxRunner, batch: int, seed: int) -> State:
+    generator = np.random.default_rng(seed)
+    return tuple(
+        {name: (0.1 * generator.standard_normal(value.shape)).astype(np.float32) for name, value in layer.items()}
+        for layer in runner.init_state(batch)
+    )
+
+
+def _compare(
+    runner: OnnxRunner, model: MoMForCausalLM, batch: int, length: int, seed: int
+) -> tuple[float, float, NDArray[np.bool_]]:
+    """Relative errors of the logits and of the states of one prefill from a random state, and the tokens compared."""
+    import torch
+
+    ids = _tokens(model.config.vocab_size, batch, length, seed)
+    start = _random_state(runner, batch, seed)
+    with torch.no_grad():
+        out = model(
+            torch.from_numpy(ids),
+            state=tuple({name: torch.from_numpy(value) for name, value in layer.items()} for layer in start),
+        )
+    logits, state = runner(ids, start)
+    decided = _decided(out.router_logits, model.config.topk)
+    use = np.arange(length)[None] < decided[:, None]
+    whole = decided >= length
+    expected = _state_arrays(out.state)
+    errors = [
+        relative(state[layer][name][whole], expected[layer][name][whole])
+        for layer in range(len(state))
+        for name in state[layer]
+    ]
+    return relative(logits[use], out.logits.numpy()[use]), max(errors), use
+
+
+def _against_model(runner: OnnxRunner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
+    results = [_compare(runner, model, *shape, seed=seed) for seed, shape in enumerate(PREFILL_SHAPES)]
+    compared = np.concatenate([use.ravel() for *_, use in results])
+    lengths = ", ".join(f"{batch}x{length}" for batch, length in PREFILL_SHAPES)
+    return [
+        _check("prefill logits", max(result[0] for result in results), tolerance, compared, lengths),
+        _check("prefill states", max(result[1] for result in results), tolerance, compared, "from random states"),
+        _decode(runner, model, tolerance),
+        _greedy(runner, model, tolerance),
+    ]
+
+
+def _check(name: str, error: float, tolerance: float, compared: NDArray[np.bool_], note: str = "") -> Check:
+    share = float(compared.mean())
+    if share < 1:
+        note = f"{note}; {share:.0%} of the tokens: the rest follow a routing that hangs on rounding".lstrip("; ")
+    return Check(name, error, error <= tolerance and share >= MIN_COMPARED, note)
+
+
+def _decode(runner: OnnxRunner, model: MoMForCausalLM, tolerance: float) -> Check:
+    """Prefill, then 64 steps through swapped buffers, against one pass of the model."""
+    import torch
+
+    prompt = 41  # the steps cross position 64
+    ids = _tokens(model.config.vocab_size, 2, prompt + DECODE_STEPS, seed=100)
+    with torch.no_grad():
+        out = model(torch.from_numpy(ids))
+    use = np.arange(prompt, ids.shape[1])[None] < _decided(out.router_logits, model.config.topk)[:, None]
+    _, state = runner(ids[:, :prompt])
+    step = runner.decode_loop(state, 2)
+    logits = np.stack([step(ids[:, t]).copy() for t in range(prompt, ids.shape[1])], 1)
+    error = relative(logits[use], out.logits[:, prompt:].numpy()[use])
+    return _check(f"{DECODE_STEPS} decode steps", error, tolerance, use)
+
+
+def _greedy(runner: OnnxRunner, model: MoMForCausalLM, tolerance: float) -> Check:
+    """Greedy tokens equal up to the first step whose two best logits are closer than the tolerance."""
+    import torch
+
+    prompt = _tokens(model.config.vocab_size, 1, 20, seed=200)
+    actual = np.stack(list(runner.generate(prompt, DECODE_STEPS, eos_token_id=-1)), 1)[0]
+    ids = model.generate(torch.from_numpy(prompt), DECODE_STEPS, eos_token_id=-1)
+    expected = ids[0, prompt.shape[1] :].numpy()
+    with torch.no_grad():
+        out = model(ids[:, :-1])
+    logits = out.logits[0, prompt.shape[1] - 1 :]
+    best = logits.topk(min(2, logits.shape[-1]), -1).values
+    close = (best[:, 0] - best[:, -1]) < tolerance * logits.norm(dim=-1) / logits.shape[-1] ** 0.5
+    undecided = _decided(out.router_logits, model.config.topk)[0] - (prompt.shape[1] - 1)
+    first_close = int(close.int().argmax()) if bool(close.any()) else DECODE_STEPS
+    limit = max(0, min(first_close, int(undecided), DECODE_STEPS))
+    equal = bool((actual[:limit] == expected[:limit]).all())
+    note = f"{limit} tokens" + ("" if limit == DECODE_STEPS else f"; token {limit} hangs on rounding")
+    return Check("greedy text", None, equal, note)

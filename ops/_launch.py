@@ -1,0 +1,79 @@
+"""What every ``launch.py`` shares: one description of a kernel's configuration, used to launch and to list it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._kernel_variant import KernelVariant
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""What the variants cover; float16 compiles as bfloat16 does."""
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constexpr arguments and launch options of one kernel."""
+
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> None:
+    """Run ``kernel`` on the device of its first tensor; an empty grid runs nothing."""
+    if 0 in grid:
+        return
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **config.constants, **options(config.num_warps, config.num_stages))
+
+
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Launch options. Fusing products and sums is said aloud: its default differs between versions of Triton."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+def pointer(dtype: torch.dtype) -> str:
+    return "*" + _TYPES[dtype]
+
+
+def variant(
+    label: str, kernel: Any, arguments: Mapping[str, str | None], config: Config, quick: bool = False
+) -> KernelVariant:
+    """``arguments``: name -> Triton type, None for a pointer that is absent."""
+    signature = {name: kind for name, kind in arguments.items() if kind is not None}
+    absent = {name: None for name, kind in arguments.items() if kind is None}
+    constants = {**absent, **config.constants}
+    return KernelVariant(label, kernel, signature, constants, config.num_warps, config.num_stages, quick=quick)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def feature_block(features: int, limit: int) -> int:
+    """A power of two up to ``limit``: one that divides ``features`` if it is not small, so that no lane idles."""
+    even = features & -features
+    if even >= 128:
+        return min(even, limit)
+    return min(next_power_of_2(max(features, 16)), limit)

@@ -1,0 +1,204 @@
+"""ONNX artifacts of both targets against the model: every rule, every variant of the layer, a real checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import VARIANTS, tiny_config, tiny_model, tokens
+from support import relative
+
+from mom_compile import MoMForCausalLM, export
+from mom_compile.config import UPDATE_RULES
+from mom_compile.export import onnx_artifact
+from mom_compile.export.onnx_artifact import TARGETS
+from mom_compile.report import Report
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
+    """A model with a layer of every rule, and its artifact; test_lowerings.py has the portable form of every rule."""
+    rules = list(UPDATE_RULES) if request.param == "onnxruntime" else ["gated_delta", "retention"]
+    model = tiny_model(rules, num_hidden_layers=len(rules), num_v_heads=4)
+    folder = tmp_path_factory.mktemp("artifact") / str(request.param)
+    export.to_onnx(model, folder, target=request.param)
+    return model, folder
+
+
+def _names(report: Report) -> list[str]:
+    return [check.name for check in report.checks]
+
+
+def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> None:
+    model, folder = exported
+    report = export.verify(folder, model)
+    assert report.passed and report.error < 1e-4, str(report)
+    assert {"prefill logits", "prefill states", "64 decode steps", "greedy text"} <= set(_names(report))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["state_layout_version"] == 1
+    assert manifest["parity"]["passed"] and manifest["parity"]["error"] < 1e-4
+    assert set(manifest["files"]) == {"prefill.onnx", "decode.onnx", "weights.bin", "run.py", "reference.npz"}
+    first = manifest["io"]["prefill"]["inputs"][:3]
+    assert first[0] == {"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}
+    # M' = 5 memories; C = 2 heads * 8 * 2 + 4 * 8 channels; 4 value heads of 8 x 8.
+    assert first[1] == {
+        "name": "past_key_values.0.conv_state",
+        "dtype": "float32",
+        "shape": ["batch", 5 * 64, 3],
+    }
+    assert first[2] == {
+        "name": "past_key_values.0.recurrent_state",
+        "dtype": "float32",
+        "shape": ["batch", 5 * 4, 8, 8],
+    }
+    operators = manifest["io"]["prefill"]["operators"]
+    if manifest["target"] == "onnxruntime":
+        assert operators["com.microsoft::LinearAttention"] == 5
+        assert manifest["io"]["decode"]["operators"]["com.microsoft::LinearAttention"] == 5
+    else:
+        assert not any("::" in name for name in operators) and operators["Scan"] == 2
+        assert set(manifest["io"]["prefill"]["opsets"]) == {"ai.onnx"}
+
+
+def test_no_file_names_the_exporting_machine(exported: tuple[MoMForCausalLM, Path]) -> None:
+    _, folder = exported
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert str(Path(__file__).parent.parent).encode() not in content, path
+        assert b"stack_trace" not in content and b"site-packages" not in content, path
+
+
+def test_the_weights_are_stored_once(exported: tuple[MoMForCausalLM, Path]) -> None:
+    model, folder = exported
+    data = (folder / "weights.bin").read_bytes()
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach().numpy()
+        if weight.nbytes <= onnx_artifact.INLINE_BYTES or "conv1d" in name:  # the graph repeats that for every memory
+            continue
+        forms = {weight.tobytes(), weight.T.tobytes(), weight.reshape(-1, weight.shape[-1]).T.tobytes()}
+        assert sum(data.count(form) for form in forms) == 1, name
+
+
+def test_state_carries_across_engines(exported: tuple[MoMForCausalLM, Path]) -> None:
+    """One conversation: PyTorch, then the artifact, then PyTorch again."""
+    model, folder = exported
+    runner = export.load(folder)
+    ids = tokens(2, 150)
+    with torch.no_grad():
+        whole = model(ids)
+        first = model(ids[:, :70])
+        _, state = runner(ids[:, 70:71], first.state)
+        logits, state = runner(ids[:, 71:140], state)
+        back = tuple({name: torch.from_numpy(value) for name, value in layer.items()} for layer in state)
+        last = model(ids[:, 140:], state=back)
+    assert relative(torch.from_numpy(logits), whole.logits[:, 71:140]) < 1e-5
+    assert relative(last.logits, whole.logits[:, 140:]) < 1e-5
+
+
+def test_a_state_passed_in_is_unchanged_and_forks(exported: tuple[MoMForCausalLM, Path]) -> None:
+    _, folder = exported
+    runner = export.load(folder)
+    ids = tokens(1, 20).numpy()
+    _, state = runner(ids)
+    before = [{name: value.copy() for name, value in layer.items()} for layer in state]
+    one, _ = runner(ids[:, :3], state)
+    step = runner.decode_loop(state, 1)
+    step(ids[:, 0])
+    again, _ = runner(ids[:, :3], state)
+    assert np.array_equal(one, again)
+    for layer, values in enumerate(before):
+        for name, value in values.items():
+            assert np.array_equal(state[layer][name], value)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ties_go_to_the_lowest_memory(target: str, tmp_path: Path) -> None:
+    """A router of zeros: every memory ties at every token."""
+    model = tiny_model(num_hidden_layers=1, num_memories=6, topk=3)
+    with torch.no_grad():
+        model.model.layers[0].attn.router.weight.zero_()  # type: ignore[operator,union-attr]
+    export.to_onnx(model, tmp_path / "x", target=target)
+    runner = export.load(tmp_path / "x")
+    ids = tokens(2, 70)
+    with torch.no_grad():
+        out = model(ids)
+    logits, state = runner(ids.numpy())
+    assert relative(torch.from_numpy(logits), out.logits) < 1e-5
+    assert not state[0]["recurrent_state"][:, 3:6].any() and state[0]["recurrent_state"][:, :3].any()
+    step_logits, state = runner(ids[:, :1].numpy(), state)
+    assert not state[0]["recurrent_state"][:, 3:6].any() and np.isfinite(step_logits).all()
+
+
+@pytest.mark.parametrize(("name", "target"), [("single-kv-no-conv", "portable"), ("gva-all-memories", "onnxruntime")])
+def test_variants(name: str, target: str, tmp_path: Path) -> None:
+    model = tiny_model(num_hidden_layers=1, shared_mem=target == "onnxruntime", **VARIANTS[name])
+    assert export.to_onnx(model, tmp_path / "x", target=target).passed
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_checkpoint_of_flash_linear_attention(target: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = DATA / "fla-mom-tiny"
+    model = MoMForCausalLM.from_pretrained(folder)
+    export.to_onnx(model, tmp_path / "x", target=target)
+    expected = load_file(str(folder / "expected.safetensors"))
+    runner = export.load(tmp_path / "x")
+    logits, _ = runner(expected["input_ids"].numpy())
+    assert relative(torch.from_numpy(logits), expected["logits"]) < 1e-5
+    state = None
+    pieces = []
+    for t in range(expected["input_ids"].shape[1]):
+        out, state = runner(expected["input_ids"][:, t : t + 1].numpy(), state)
+        pieces.append(torch.from_numpy(out))
+    assert relative(torch.cat(pieces, 1), expected["logits"]) < 1e-5
+
+
+def test_a_wrong_graph_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    target = tmp_path / "artifact"
+    genuine = onnx_artifact._graph
+
+    def broken(model: MoMForCausalLM, target: str, decode: bool) -> object:
+        other = MoMForCausalLM(tiny_config(num_hidden_layers=1)).eval()
+        return genuine(other if decode else model, target, decode)
+
+    monkeypatch.setattr(onnx_artifact, "_graph", broken)
+    with pytest.raises(ValueError, match=r"agree with the model to 0\.0001(.|\n)*64 decode steps .*FAILED"):
+        export.to_onnx(model, target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_artifact_survives_a_failed_export(
+    small_artifact: tuple[MoMForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, target = small_artifact
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_artifact, "write_manifest", full)
+    monkeypatch.setattr(onnx_artifact, "_write_graphs", lambda *_: {})
+    with pytest.raises(OSError, match="No space left"):
+        export.to_onnx(model, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_messages(tmp_path: Path) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"target must be one of onnxruntime, portable, got 'tflite'"):
+        export.to_onnx(model, tmp_path / "x", target="tflite")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="directory must be new, empty or an artifact"):
+        export.to_onnx(model, tmp_path / "mine")
+    with pytest.raises(ValueError, match="tokenizer must be a tokenizer.json file"):
+        export.to_onnx(model, tmp_path / "x", tokenizer=tmp_path / "none.json")
+    assert not (tmp_path / "x").exists()
