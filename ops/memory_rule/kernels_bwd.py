@@ -44,7 +44,7 @@ def chunk_scan_bwd_kernel(
             tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
         else:
             tile = load_state(dfinal_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
-        state = state + (tile,)
+        state = state + (tile,)  # type: ignore[assignment]
     chunks = (length + ROWS - 1) // ROWS
     for back in range(0, chunks):
         step = chunks - 1 - back
@@ -91,7 +91,7 @@ def chunk_scan_bwd_kernel(
             if HAS_DELTA:
                 k_tile_t = load_rows_t(k + source, row, b * BK + col, H * K, count, K)
                 tile = product(k_tile_t, read_k.to(k_tile_t.dtype), tile, PRECISION)
-            before = before + (tile,)
+            before = before + (tile,)  # type: ignore[assignment]
         state = before
     if dinitial_state is not None:
         for b in tl.static_range(NK):

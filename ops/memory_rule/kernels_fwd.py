@@ -223,7 +223,7 @@ def chunk_scan_kernel(
             tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
         else:
             tile = load_state(initial_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
-        state = state + (tile,)
+        state = state + (tile,)  # type: ignore[assignment]
     for step in range(0, (length + ROWS - 1) // ROWS):
         chunk = (start // ROWS + step).to(tl.int64)
         first, count = chunk * ROWS, length - step * ROWS
@@ -256,7 +256,7 @@ def chunk_scan_kernel(
             tile = state[b]
             if HAS_GATE:
                 tile *= total
-            after = after + (product(k_tile_t, v_tile.to(k_tile_t.dtype), tile, PRECISION),)
+            after = after + (product(k_tile_t, v_tile.to(k_tile_t.dtype), tile, PRECISION),)  # type: ignore[assignment]
         state = after
     for b in tl.static_range(NK):
         store_state(final_state + state_offset, state[b], b * BK + col, value, K, V)
