@@ -56,6 +56,15 @@ def test_chunk_lengths(rule: str, length: int) -> None:
     assert_parity(_public("chunk", rule, True), _dense_reference(rule, 16**-0.5, True), inputs)
 
 
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(20, 36), (100, 100), (128, 128)])
+@pytest.mark.parametrize("rule", ["gated_delta", "linear"])
+def test_head_dims(rule: str, key_dim: int, value_dim: int) -> None:
+    inputs = [x for x in rule_inputs(rule, (1, 70), 1, 1, key_dim, value_dim) if x is not None]
+    inputs.append(torch.randn(1, 1, key_dim, value_dim))
+    for name in ("chunk", "recurrent"):
+        assert_parity(_public(name, rule, True), _dense_reference(rule, key_dim**-0.5, True), inputs)
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("rule", RULES)
 def test_chunk_hostile(rule: str, kind: str) -> None:
@@ -149,8 +158,20 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert o.dtype == dtype and state.dtype == torch.float32
     assert_close(o, expected, TOLERANCES[dtype], "o")
     assert_close(state, expected_state, TOLERANCES[dtype], "state")
-    _, stored = ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=torch.zeros(1, 4, 16, 8, dtype=dtype))
-    assert stored.dtype == dtype
+    initial = torch.randn(1, 4, 16, 8).to(dtype)
+    expected, expected_state = recurrence_reference(q, k, v, g, beta, 0.25, initial)
+    for function in (ops.chunk_gated_delta_rule, ops.recurrent_gated_delta_rule):
+        o, stored = function(q, k, v, g, beta, initial_state=initial)
+        assert stored.dtype == dtype
+        assert_close(o, expected, TOLERANCES[dtype], "o")
+        assert_close(stored, expected_state, TOLERANCES[dtype], "stored state")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients(dtype: torch.dtype) -> None:
+    inputs = [x for x in rule_inputs("gated_delta", (1, 130), dtype=dtype) if x is not None]
+    state = torch.randn(1, 4, 16, 8).to(dtype)
+    assert_parity(_public("chunk", "gated_delta", True), _dense_reference("gated_delta", 0.25, True), [*inputs, state])
 
 
 @pytest.mark.skipif(INTERPRET, reason="float64 always takes the PyTorch implementation")

@@ -9,11 +9,15 @@ from .kernels_fwd import (
     ROWS,
     edge_decay,
     load_gate,
-    load_tile,
-    load_tile_t,
+    load_rows,
+    load_rows_t,
+    load_square,
+    load_state,
+    load_state_t,
     pair_decay,
     product,
-    store_tile,
+    store_rows,
+    store_state,
     valid_rows,
 )
 
@@ -39,8 +43,8 @@ def chunk_scan_bwd_kernel(
         if dfinal_state is None:
             tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
         else:
-            tile = load_tile(dfinal_state + state_offset, b * BK + col, value, V, K, V).to(tl.float32)
-        state = state + (tile,)
+            tile = load_state(dfinal_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
+        state = state + (tile,)  # type: ignore[assignment]
     chunks = (length + ROWS - 1) // ROWS
     for back in range(0, chunks):
         step = chunks - 1 - back
@@ -54,19 +58,19 @@ def chunk_scan_bwd_kernel(
             from_start, to_end, total = edge_decay(high, low)
         grad = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
         for b in tl.static_range(NK):
-            store_tile(dstates + (chunk * HV + head) * K * V, state[b], b * BK + col, value, V, K, V)
-            k_tile = load_tile(k + source, row, b * BK + col, H * K, count, K)
+            store_state(dstates + (chunk * HV + head) * K * V, state[b], b * BK + col, value, K, V)
+            k_tile = load_rows(k + source, row, b * BK + col, H * K, count, K)
             grad = product(k_tile, state[b].to(k_tile.dtype), grad, PRECISION)
         if HAS_GATE:
             grad *= to_end[:, None]
-        do_tile = load_tile(do + target, row, value, HV * V, count, V)
-        p_tile_t = load_tile_t(scores + squares, row, square, HV * ROWS, ROWS, ROWS)
+        do_tile = load_rows(do + target, row, value, HV * V, count, V)
+        p_tile_t = load_square(scores + squares, row, square, 1, HV * ROWS)
         grad = product(p_tile_t, do_tile, grad, PRECISION)
         if HAS_DELTA:
-            a_tile_t = load_tile_t(inverse + squares, row, square, HV * ROWS, ROWS, ROWS)
+            a_tile_t = load_square(inverse + squares, row, square, 1, HV * ROWS)
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             grad = product(a_tile_t, grad.to(a_tile_t.dtype), zero, PRECISION)
-        store_tile(dw + target, grad, row, value, HV * V, ROWS, V)
+        store_rows(dw + target, grad, row, value, HV * V, V)
 
         # What the chunk's reads give to the state before it: by q, and by k where the write is a delta.
         read_q = do_tile.to(tl.float32) * scale
@@ -82,16 +86,16 @@ def chunk_scan_bwd_kernel(
             tile = state[b]
             if HAS_GATE:
                 tile *= total
-            q_tile_t = load_tile_t(q + source, row, b * BK + col, H * K, count, K)
+            q_tile_t = load_rows_t(q + source, row, b * BK + col, H * K, count, K)
             tile = product(q_tile_t, read_q.to(q_tile_t.dtype), tile, PRECISION)
             if HAS_DELTA:
-                k_tile_t = load_tile_t(k + source, row, b * BK + col, H * K, count, K)
+                k_tile_t = load_rows_t(k + source, row, b * BK + col, H * K, count, K)
                 tile = product(k_tile_t, read_k.to(k_tile_t.dtype), tile, PRECISION)
-            before = before + (tile,)
+            before = before + (tile,)  # type: ignore[assignment]
         state = before
     if dinitial_state is not None:
         for b in tl.static_range(NK):
-            store_tile(dinitial_state + state_offset, state[b], b * BK + col, value, V, K, V)
+            store_state(dinitial_state + state_offset, state[b], b * BK + col, value, K, V)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -113,58 +117,64 @@ def chunk_pairs_bwd_kernel(
     if segment < 0:
         for start in range(0, V, BV):
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
-            store_tile(dv + target, zero, row, start + value, HV * V, ROWS, V)
+            store_rows(dv + target, zero, row, start + value, HV * V, V)
         return
     count = valid_rows(segment_start, segment_length, segment, chunk)
     source = (first * H + head // (HV // H)) * K
-    dp = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
-    r = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
-    along_v = tl.full([ROWS], 0.0, dtype=tl.float32)
-    if HAS_DELTA:
-        rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
-    for start in range(0, V, BV):
-        do_tile = load_tile(do + target, row, start + value, HV * V, count, V)
-        new_tile_t = load_tile_t(v_new + target, row, start + value, HV * V, count, V)
-        dp = product(do_tile, new_tile_t, dp, PRECISION)
-        if HAS_DELTA:
-            dw_tile = load_tile(dw + target, row, start + value, HV * V, count, V)
-            r = product(dw_tile, new_tile_t, r, PRECISION)
-            v_tile = load_tile(v + target, row, start + value, HV * V, count, V).to(tl.float32)
-            along_v += tl.sum(dw_tile.to(tl.float32) * v_tile, 1)
-            store_tile(dv + target, dw_tile.to(tl.float32) * rate[:, None], row, start + value, HV * V, ROWS, V)
     lower, strict = row[:, None] >= square[None, :], row[:, None] > square[None, :]
-    dp = tl.where(lower, dp * scale, 0.0)
     if HAS_GATE:
         high, low = load_gate(g + first * HV + head, row, count, HV)
         decay = pair_decay(high, low, row)
+
+    # One pair of 64x64 products after the other: all four at once do not fit the registers.
+    dp = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+    for start in range(0, V, BV):
+        do_tile = load_rows(do + target, row, start + value, HV * V, count, V)
+        new_tile_t = load_rows_t(v_new + target, row, start + value, HV * V, count, V)
+        dp = product(do_tile, new_tile_t, dp, PRECISION)
+    dp = tl.where(lower, dp * scale, 0.0)
+    if HAS_GATE:
         dp *= decay
-    store_tile(dqk + squares, dp, row, square, HV * ROWS, ROWS, ROWS)
-    if HAS_GATE or HAS_DELTA:
+    store_rows(dqk + squares, dp, row, square, HV * ROWS, ROWS)
+    if HAS_GATE:
         qk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+        for start in range(0, K, BK):
+            k_tile_t = load_rows_t(k + source, row, start + col, H * K, count, K)
+            q_tile = load_rows(q + source, row, start + col, H * K, count, K)
+            qk = product(q_tile, k_tile_t, qk, PRECISION)
+        dp *= qk
+        cumulative = tl.sum(dp, 1) - tl.sum(dp, 0)
+
+    if HAS_DELTA:
+        rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
+        along_v = tl.full([ROWS], 0.0, dtype=tl.float32)
+        r = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
+        for start in range(0, V, BV):
+            dw_tile = load_rows(dw + target, row, start + value, HV * V, count, V)
+            new_tile_t = load_rows_t(v_new + target, row, start + value, HV * V, count, V)
+            r = product(dw_tile, new_tile_t, r, PRECISION)
+            v_tile = load_rows(v + target, row, start + value, HV * V, count, V).to(tl.float32)
+            along_v += tl.sum(dw_tile.to(tl.float32) * v_tile, 1)
+            store_rows(dv + target, dw_tile.to(tl.float32) * rate[:, None], row, start + value, HV * V, V)
+        r = tl.where(strict, r, 0.0)
         kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
         for start in range(0, K, BK):
-            k_tile_t = load_tile_t(k + source, row, start + col, H * K, count, K)
-            if HAS_GATE:
-                q_tile = load_tile(q + source, row, start + col, H * K, count, K)
-                qk = product(q_tile, k_tile_t, qk, PRECISION)
-            if HAS_DELTA:
-                k_tile = load_tile(k + source, row, start + col, H * K, count, K)
-                kk = product(k_tile, k_tile_t, kk, PRECISION)
-        pairs = dp * qk
-        if HAS_DELTA:
-            if HAS_GATE:
-                kk *= decay
-            # R . L / beta summed over a row is <dw_i, sum_j L_ij / beta_i v_new_j>.
-            r = tl.where(strict, r, 0.0)
-            along_l = tl.sum(r * kk, 1)
-            tl.store(dbeta + (first + row) * HV + head, along_v - along_l)
-            dkk_tile = r * -rate[:, None]
-            pairs += dkk_tile * kk
-            if HAS_GATE:
-                dkk_tile *= decay
-            store_tile(dkk + squares, dkk_tile + tl.trans(dkk_tile), row, square, HV * ROWS, ROWS, ROWS)
+            k_tile_t = load_rows_t(k + source, row, start + col, H * K, count, K)
+            k_tile = load_rows(k + source, row, start + col, H * K, count, K)
+            kk = product(k_tile, k_tile_t, kk, PRECISION)
         if HAS_GATE:
-            tl.store(dgate + (first + row) * HV + head, tl.sum(pairs, 1) - tl.sum(pairs, 0))
+            kk *= decay
+        kk *= r
+        # R . L / beta summed over a row is <dw_i, sum_j L_ij / beta_i v_new_j>.
+        tl.store(dbeta + (first + row) * HV + head, along_v - tl.sum(kk, 1))
+        r *= -rate[:, None]
+        if HAS_GATE:
+            kk *= -rate[:, None]
+            cumulative += tl.sum(kk, 1) - tl.sum(kk, 0)
+            r *= decay
+        store_rows(dkk + squares, r + tl.trans(r), row, square, HV * ROWS, ROWS)
+    if HAS_GATE:
+        tl.store(dgate + (first + row) * HV + head, cumulative)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -186,8 +196,8 @@ def chunk_bwd_kernel(
     if segment < 0:
         for start in range(0, K, BK):
             zero = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
-            store_tile(dq + result, zero, row, start + col, HV * K, ROWS, K)
-            store_tile(dk + result, zero, row, start + col, HV * K, ROWS, K)
+            store_rows(dq + result, zero, row, start + col, HV * K, K)
+            store_rows(dk + result, zero, row, start + col, HV * K, K)
         if HAS_GATE:
             tl.store(dg + per_head, tl.full([ROWS], 0.0, dtype=dg.dtype.element_ty))
         if HAS_DELTA:
@@ -208,42 +218,48 @@ def chunk_bwd_kernel(
     write = tl.full([ROWS], 0.0, dtype=tl.float32)
     carried = tl.full([BV], 0.0, dtype=tl.float32)  # <S0, dS1>
     for start in range(0, K, BK):
+        # dq before dk, not in one loop over V: the accumulators of both do not fit the registers.
         dq_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        for at in range(0, V, BV):
+            s_tile_t = load_state_t(states + state_offset, start + col, at + value, K, V)
+            do_tile = load_rows(do + target, row, at + value, HV * V, count, V)
+            dq_tile = product(do_tile, s_tile_t, dq_tile, PRECISION)
+        dq_tile *= scale
+        k_tile = load_rows(k + source, row, start + col, H * K, count, K)
+        q_tile = load_rows(q + source, row, start + col, H * K, count, K)
+        if HAS_GATE:
+            dq_tile *= from_start[:, None]
+            read_q += tl.sum(q_tile.to(tl.float32) * dq_tile, 1)
+        dqk_tile = load_square(dqk + squares, row, square, HV * ROWS, 1)
+        dq_tile = product(dqk_tile, k_tile, dq_tile, PRECISION)
+        store_rows(dq + result, dq_tile, row, start + col, HV * K, K)
+
         dk_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
         dk_read = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
         for at in range(0, V, BV):
-            s_tile_t = load_tile_t(states + state_offset, start + col, at + value, V, K, V)
-            ds_tile_t = load_tile_t(dstates + state_offset, start + col, at + value, V, K, V)
-            do_tile = load_tile(do + target, row, at + value, HV * V, count, V)
-            dq_tile = product(do_tile, s_tile_t, dq_tile, PRECISION)
-            new_tile = load_tile(v_new + target, row, at + value, HV * V, count, V)
+            ds_tile_t = load_state_t(dstates + state_offset, start + col, at + value, K, V)
+            new_tile = load_rows(v_new + target, row, at + value, HV * V, count, V)
             dk_tile = product(new_tile, ds_tile_t, dk_tile, PRECISION)
+            if HAS_DELTA or HAS_GATE:
+                s_tile_t = load_state_t(states + state_offset, start + col, at + value, K, V)
             if HAS_DELTA:
-                dw_tile = load_tile(dw + target, row, at + value, HV * V, count, V)
+                dw_tile = load_rows(dw + target, row, at + value, HV * V, count, V)
                 dk_read = product(dw_tile, s_tile_t, dk_read, PRECISION)
             if HAS_GATE:
                 carried += tl.sum(s_tile_t.to(tl.float32) * ds_tile_t.to(tl.float32), 1)
-        q_tile = load_tile(q + source, row, start + col, H * K, count, K)
-        k_tile = load_tile(k + source, row, start + col, H * K, count, K)
-        dq_tile *= scale
         if HAS_GATE:
-            dq_tile *= from_start[:, None]
             dk_tile *= to_end[:, None]
-            read_q += tl.sum(q_tile.to(tl.float32) * dq_tile, 1)
             write += tl.sum(k_tile.to(tl.float32) * dk_tile, 1)
         if HAS_DELTA:
             if HAS_GATE:
                 dk_read *= from_start[:, None]
             read_k += tl.sum(k_tile.to(tl.float32) * dk_read, 1)
             dk_tile -= dk_read * rate[:, None]
-            dkk_tile = load_tile(dkk + squares, row, square, HV * ROWS, ROWS, ROWS)
+            dkk_tile = load_square(dkk + squares, row, square, HV * ROWS, 1)
             dk_tile = product(dkk_tile, k_tile, dk_tile, PRECISION)
-        dqk_tile = load_tile(dqk + squares, row, square, HV * ROWS, ROWS, ROWS)
-        dq_tile = product(dqk_tile, k_tile, dq_tile, PRECISION)
-        dqk_tile_t = load_tile_t(dqk + squares, row, square, HV * ROWS, ROWS, ROWS)
+        dqk_tile_t = load_square(dqk + squares, row, square, 1, HV * ROWS)
         dk_tile = product(dqk_tile_t, q_tile, dk_tile, PRECISION)
-        store_tile(dq + result, dq_tile, row, start + col, HV * K, ROWS, K)
-        store_tile(dk + result, dk_tile, row, start + col, HV * K, ROWS, K)
+        store_rows(dk + result, dk_tile, row, start + col, HV * K, K)
     if HAS_DELTA:
         tl.store(dbeta + per_head, (tl.load(beta_part + per_head) - read_k).to(dbeta.dtype.element_ty))
     if HAS_GATE:

@@ -22,30 +22,79 @@ def valid_rows(segment_start, segment_length, segment, chunk):
 
 
 @helper
-def load_tile(base, row, col, stride, count, width):
-    """``[rows, cols]`` of a row-major matrix, zero beyond ``count`` rows and ``width`` columns."""
-    mask = (row[:, None] < count) & (col[None, :] < width)
+def load_rows(base, row, col, stride: tl.constexpr, count, width: tl.constexpr):
+    """Tile ``[rows, cols]`` of a chunk, zero beyond its ``count`` rows and ``width`` columns."""
+    mask = row[:, None] < count
+    if width // col.shape[0] * col.shape[0] != width:
+        mask = mask & (col[None, :] < width)
     return tl.load(base + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
 
 
 @helper
-def load_tile_t(base, row, col, stride, count, width):
-    """The transpose of :func:`load_tile`, ``[cols, rows]``."""
-    mask = (row[None, :] < count) & (col[:, None] < width)
+def load_rows_t(base, row, col, stride: tl.constexpr, count, width: tl.constexpr):
+    """The transpose of :func:`load_rows`, ``[cols, rows]``."""
+    mask = row[None, :] < count
+    if width // col.shape[0] * col.shape[0] != width:
+        mask = mask & (col[:, None] < width)
     return tl.load(base + row[None, :] * stride + col[:, None], mask=mask, other=0.0)
 
 
 @helper
-def store_tile(base, value, row, col, stride, count, width):
-    mask = (row[:, None] < count) & (col[None, :] < width)
-    tl.store(base + row[:, None] * stride + col[None, :], value.to(base.dtype.element_ty), mask=mask)
+def store_rows(base, value, row, col, stride: tl.constexpr, width: tl.constexpr):
+    """Pad rows are written too: their value is zero."""
+    value = value.to(base.dtype.element_ty)
+    if width // col.shape[0] * col.shape[0] != width:
+        tl.store(base + row[:, None] * stride + col[None, :], value, mask=col[None, :] < width)
+    else:
+        tl.store(base + row[:, None] * stride + col[None, :], value)
+
+
+@helper
+def load_state(base, key, value, K: tl.constexpr, V: tl.constexpr):
+    """Tile of a ``[K, V]`` state."""
+    if K // key.shape[0] * key.shape[0] == K and V // value.shape[0] * value.shape[0] == V:
+        return tl.load(base + key[:, None] * V + value[None, :])
+    else:
+        mask = (key[:, None] < K) & (value[None, :] < V)
+        return tl.load(base + key[:, None] * V + value[None, :], mask=mask, other=0.0)
+
+
+@helper
+def load_state_t(base, key, value, K: tl.constexpr, V: tl.constexpr):
+    """The transpose of :func:`load_state`."""
+    if K // key.shape[0] * key.shape[0] == K and V // value.shape[0] * value.shape[0] == V:
+        return tl.load(base + key[None, :] * V + value[:, None])
+    else:
+        mask = (key[None, :] < K) & (value[:, None] < V)
+        return tl.load(base + key[None, :] * V + value[:, None], mask=mask, other=0.0)
+
+
+@helper
+def store_state(base, tile, key, value, K: tl.constexpr, V: tl.constexpr):
+    tile = tile.to(base.dtype.element_ty)
+    if K // key.shape[0] * key.shape[0] == K and V // value.shape[0] * value.shape[0] == V:
+        tl.store(base + key[:, None] * V + value[None, :], tile)
+    else:
+        mask = (key[:, None] < K) & (value[None, :] < V)
+        tl.store(base + key[:, None] * V + value[None, :], tile, mask=mask)
+
+
+@helper
+def load_square(base, row, col, row_stride: tl.constexpr, col_stride: tl.constexpr):
+    """A ``[64, 64]`` matrix of a chunk; swapped strides give its transpose."""
+    return tl.load(base + row[:, None] * row_stride + col[None, :] * col_stride)
 
 
 @helper
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a b``; the interpreter has no bfloat16 products."""
+    """``acc + a b``. The interpreter has no bfloat16 products. On a GPU a float32 product holds its operands in
+    registers, so a sum over 64 is split over the threads."""
     if PRECISION == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    elif PRECISION == "ieee" and a.shape[1] == 64:
+        a = tl.permute(tl.reshape(a, [a.shape[0], 4, 16]), [1, 0, 2])
+        b = tl.reshape(b, [4, 16, b.shape[1]])
+        return acc + tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -126,20 +175,20 @@ def chunk_pairs_kernel(
     segment = tl.load(chunk_segment + chunk)
     if segment < 0:
         zero = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
-        store_tile(scores + square_offset, zero, row, square, HV * ROWS, ROWS, ROWS)
+        store_rows(scores + square_offset, zero, row, square, HV * ROWS, ROWS)
         if HAS_DELTA:
-            store_tile(inverse + square_offset, zero, row, square, HV * ROWS, ROWS, ROWS)
+            store_rows(inverse + square_offset, zero, row, square, HV * ROWS, ROWS)
         return
     count = valid_rows(segment_start, segment_length, segment, chunk)
     source = (first * H + head // (HV // H)) * K
     qk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
     kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
     for start in range(0, K, BK):
-        q_tile = load_tile(q + source, row, start + col, H * K, count, K)
-        k_tile_t = load_tile_t(k + source, row, start + col, H * K, count, K)
+        q_tile = load_rows(q + source, row, start + col, H * K, count, K)
+        k_tile_t = load_rows_t(k + source, row, start + col, H * K, count, K)
         qk = product(q_tile, k_tile_t, qk, PRECISION)
         if HAS_DELTA:
-            k_tile = load_tile(k + source, row, start + col, H * K, count, K)
+            k_tile = load_rows(k + source, row, start + col, H * K, count, K)
             kk = product(k_tile, k_tile_t, kk, PRECISION)
     if HAS_GATE:
         high, low = load_gate(g + first * HV + head, row, count, HV)
@@ -148,11 +197,11 @@ def chunk_pairs_kernel(
         if HAS_DELTA:
             kk *= decay
     qk = tl.where(row[:, None] >= square[None, :], qk * scale, 0.0)
-    store_tile(scores + square_offset, qk, row, square, HV * ROWS, ROWS, ROWS)
+    store_rows(scores + square_offset, qk, row, square, HV * ROWS, ROWS)
     if HAS_DELTA:
         rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
         kk = tl.where(row[:, None] > square[None, :], kk * rate[:, None], 0.0)
-        store_tile(inverse + square_offset, unit_lower_inverse(kk), row, square, HV * ROWS, ROWS, ROWS)
+        store_rows(inverse + square_offset, unit_lower_inverse(kk), row, square, HV * ROWS, ROWS)
 
 
 @triton.jit
@@ -173,44 +222,44 @@ def chunk_scan_kernel(
         if initial_state is None:
             tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
         else:
-            tile = load_tile(initial_state + state_offset, b * BK + col, value, V, K, V).to(tl.float32)
-        state = state + (tile,)
+            tile = load_state(initial_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
+        state = state + (tile,)  # type: ignore[assignment]
     for step in range(0, (length + ROWS - 1) // ROWS):
         chunk = (start // ROWS + step).to(tl.int64)
         first, count = chunk * ROWS, length - step * ROWS
         source = (first * H + head // (HV // H)) * K
         target = (first * HV + head) * V
-        v_tile = load_tile(v + target, row, value, HV * V, count, V).to(tl.float32)
+        v_tile = load_rows(v + target, row, value, HV * V, count, V).to(tl.float32)
         if HAS_GATE:
             high, low = load_gate(g + first * HV + head, row, count, HV)
             from_start, to_end, total = edge_decay(high, low)
         for b in tl.static_range(NK):
-            store_tile(states + (chunk * HV + head) * K * V, state[b], b * BK + col, value, V, K, V)
+            store_state(states + (chunk * HV + head) * K * V, state[b], b * BK + col, value, K, V)
         if HAS_DELTA:
             read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             for b in tl.static_range(NK):
-                k_tile = load_tile(k + source, row, b * BK + col, H * K, count, K)
+                k_tile = load_rows(k + source, row, b * BK + col, H * K, count, K)
                 read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
             if HAS_GATE:
                 read *= from_start[:, None]
             rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
             v_tile = (v_tile - read) * rate[:, None]
-            a_tile = load_tile(inverse + (first * HV + head) * ROWS, row, square, HV * ROWS, ROWS, ROWS)
+            a_tile = load_square(inverse + (first * HV + head) * ROWS, row, square, HV * ROWS, 1)
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             v_tile = product(a_tile, v_tile.to(a_tile.dtype), zero, PRECISION)
-            store_tile(v_new + target, v_tile, row, value, HV * V, ROWS, V)
+            store_rows(v_new + target, v_tile, row, value, HV * V, V)
         if HAS_GATE:
             v_tile *= to_end[:, None]
         after = ()
         for b in tl.static_range(NK):
-            k_tile_t = load_tile_t(k + source, row, b * BK + col, H * K, count, K)
+            k_tile_t = load_rows_t(k + source, row, b * BK + col, H * K, count, K)
             tile = state[b]
             if HAS_GATE:
                 tile *= total
-            after = after + (product(k_tile_t, v_tile.to(k_tile_t.dtype), tile, PRECISION),)
+            after = after + (product(k_tile_t, v_tile.to(k_tile_t.dtype), tile, PRECISION),)  # type: ignore[assignment]
         state = after
     for b in tl.static_range(NK):
-        store_tile(final_state + state_offset, state[b], b * BK + col, value, V, K, V)
+        store_state(final_state + state_offset, state[b], b * BK + col, value, K, V)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -229,19 +278,19 @@ def chunk_out_kernel(
     out = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
     segment = tl.load(chunk_segment + chunk)
     if segment < 0:
-        store_tile(o + target, out, row, value, HV * V, ROWS, V)
+        store_rows(o + target, out, row, value, HV * V, V)
         return
     count = valid_rows(segment_start, segment_length, segment, chunk)
     source = (first * H + head // (HV // H)) * K
     for start in range(0, K, BK):
-        q_tile = load_tile(q + source, row, start + col, H * K, count, K)
-        s_tile = load_tile(states + (chunk * HV + head) * K * V, start + col, value, V, K, V)
+        q_tile = load_rows(q + source, row, start + col, H * K, count, K)
+        s_tile = load_state(states + (chunk * HV + head) * K * V, start + col, value, K, V)
         out = product(q_tile, s_tile, out, PRECISION)
     if HAS_GATE:
         high, low = load_gate(g + first * HV + head, row, count, HV)
         from_start, _, _ = edge_decay(high, low)
         out *= from_start[:, None]
-    p_tile = load_tile(scores + (first * HV + head) * ROWS, row, square, HV * ROWS, ROWS, ROWS)
-    v_tile = load_tile(v_new + target, row, value, HV * V, count, V)
+    p_tile = load_square(scores + (first * HV + head) * ROWS, row, square, HV * ROWS, 1)
+    v_tile = load_rows(v_new + target, row, value, HV * V, count, V)
     out = product(p_tile, v_tile, out * scale, PRECISION)
-    store_tile(o + target, out, row, value, HV * V, ROWS, V)
+    store_rows(o + target, out, row, value, HV * V, V)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,15 +9,13 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
 from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
 from .kernels_recurrent import recurrent_kernel
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
-
-# One stage: Triton 3.6 misses the fence between pipelined loads and the asynchronous products of sm_90.
-STAGES = 1
 
 
 class _Heads(NamedTuple):
@@ -33,48 +30,36 @@ class _Heads(NamedTuple):
     delta: bool
 
 
-class _Config(NamedTuple):
-    constants: dict[str, Any]
-    blocks: int  # of V
-    warps: int
+def _config(kernel: Any, heads: _Heads) -> tuple[Config, int]:
+    """A kernel's configuration, and its programs along V. It fits the smallest shared memory that is served (99 KiB).
 
-
-def _power(n: int) -> int:
-    """The next power of two that a matrix product takes."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def _config(kernel: Any, heads: _Heads) -> _Config:
-    """Constants and launch options of a kernel; they fit the smallest shared memory of the architectures (99 KiB)."""
-    key, value = _power(heads.K), _power(heads.V)
-    wide = heads.dtype == torch.float32  # products on the plain units: short sums, or they spill
+    One stage always: Triton 3.6 misses the fence between pipelined loads and the asynchronous products of sm_90.
+    """
+    key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
     if kernel is recurrent_kernel:
-        bv, warps = min(value, 32), 4
+        bv = min(value, 32)
         constants |= {"V": heads.V, "BK": key, "BV": bv, "HAS_DELTA": heads.delta}
-        return _Config(constants, -(-heads.V // bv), warps)
-    constants["PRECISION"] = "ieee" if wide else "interpreter" if INTERPRET else "tf32"
-    bk, bv, warps = min(key, 32 if wide else 64), min(value, 32 if wide else 64), 4
+        return Config(constants), cdiv(heads.V, bv)
+    # float32 products run on the plain units with their operands in registers: small blocks, more threads.
+    wide = heads.dtype == torch.float32
+    bk, bv, warps = (min(key, 32), min(value, 32), 8) if wide else (min(key, 64), min(value, 64), 4)
+    constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
+    if kernel is not chunk_out_kernel:
+        constants["HAS_DELTA"] = heads.delta
     if kernel is chunk_pairs_kernel:
-        return _Config(constants | {"BK": bk, "HAS_DELTA": heads.delta}, 1, warps)
-    constants |= {"V": heads.V, "BK": bk}
-    if kernel is chunk_out_kernel:
-        return _Config(constants | {"BV": bv}, -(-heads.V // bv), warps)
-    constants["HAS_DELTA"] = heads.delta
+        return Config(constants, warps), 1
     if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
         bv = min(value, 16 if wide else 32)
-        return _Config(constants | {"BV": bv, "NK": -(-heads.K // bk)}, -(-heads.V // bv), warps)
-    return _Config(constants | {"BV": bv}, 1, warps)
+        constants["NK"] = cdiv(heads.K, bk)
+    split = kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel, chunk_out_kernel)
+    return Config(constants | {"V": heads.V, "BV": bv}, warps), cdiv(heads.V, bv) if split else 1
 
 
 def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
     """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
-    config = _config(kernel, heads)
-    if programs == 0 or config.blocks == 0:
-        return
-    device = next(x.device for x in args if isinstance(x, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs, config.blocks)](*args, **config.constants, num_warps=config.warps, num_stages=STAGES)
+    config, blocks = _config(kernel, heads)
+    launch(kernel, (programs, blocks), config, *args)
 
 
 def _heads(q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> _Heads:
@@ -142,11 +127,10 @@ def chunk_fwd(
     o = torch.empty_like(v)
     programs = v.shape[0] // CHUNK * heads.HV
     _run(chunk_out_kernel, heads, programs, q, g, v_new, scores, states, *tables, o, scale)
-    absent = v.new_empty(0)
     return (
         o,
         final_state,
-        inverse if save & SAVE_INVERSE and inverse is not None else absent,
+        inverse if save & SAVE_INVERSE and inverse is not None else v.new_empty(0),
         scores if save & SAVE_SCORES else v.new_empty(0),
         states if save & SAVE_STATES else v.new_empty(0),
         v_new if save & SAVE_V_NEW and heads.delta else v.new_empty(0),
@@ -267,30 +251,22 @@ def variants() -> Iterator[KernelVariant]:
     """Every kernel as the launches make it, over dtypes, head dims and rules."""
     shapes = [(16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (64, 128)]
     for kernel in _KERNELS:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in KERNEL_DTYPES:
             for key, value in shapes:
                 for gate, delta in ((False, False), (True, False), (False, True), (True, True)):
-                    if kernel is chunk_out_kernel and delta:
-                        continue
-                    yield _variant(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
+                    if not (kernel is chunk_out_kernel and delta):
+                        yield _variant(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
 
 
 def _variant(kernel: Any, heads: _Heads) -> KernelVariant:
-    config = _config(kernel, heads)
-    pointer = "*fp32" if heads.dtype == torch.float32 else "*bf16"
+    config, _ = _config(kernel, heads)
     absent = (() if heads.gate else _GATE_ONLY) + (() if heads.delta else _DELTA_ONLY)
     if kernel is chunk_scan_kernel and not heads.delta:
         absent += ("v_new",)
+    types = _TYPES | ({"dbeta": "*fp32"} if kernel is chunk_pairs_bwd_kernel else {})
     names = [name for name in kernel.arg_names if name not in config.constants]
-    partial = {"dbeta": "*fp32"} if kernel is chunk_pairs_bwd_kernel else {}
+    arguments = {name: None if name in absent else types.get(name, pointer(heads.dtype)) for name in names}
     rule = " ".join(name for name, has in (("gate", heads.gate), ("delta", heads.delta)) if has) or "additive"
-    dtype = "float32" if heads.dtype == torch.float32 else "bfloat16"
-    return KernelVariant(
-        label=f"{kernel.__name__} K={heads.K} V={heads.V} {dtype} {rule}",
-        kernel=kernel,
-        signature={name: (_TYPES | partial).get(name, pointer) for name in names if name not in absent},
-        constants=config.constants | {name: None for name in names if name in absent},
-        num_warps=config.warps,
-        num_stages=STAGES,
-        quick=heads.K == heads.V == 64 and heads.gate and (heads.delta or kernel is chunk_out_kernel),
-    )
+    label = f"K={heads.K} V={heads.V} {str(heads.dtype).removeprefix('torch.')} {rule}"
+    quick = heads.K == heads.V == 64 and heads.gate and (heads.delta or kernel is chunk_out_kernel)
+    return variant(label, kernel, arguments, config, quick)
