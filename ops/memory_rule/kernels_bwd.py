@@ -11,6 +11,8 @@ from .kernels_fwd import (
     load_gate,
     load_rows,
     load_rows_t,
+    load_segment,
+    load_span,
     load_square,
     load_state,
     load_state_t,
@@ -22,9 +24,10 @@ from .kernels_fwd import (
 )
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["rows", "scale"])
 def chunk_scan_bwd_kernel(
-    q, k, g, beta, inverse, scores, do, dfinal_state, segment_start, segment_length, dstates, dw, dinitial_state, scale,
+    q, k, g, beta, inverse, scores, do, dfinal_state, segment_start, segment_length, rows, dstates, dw,
+    dinitial_state, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +39,7 @@ def chunk_scan_bwd_kernel(
     segment, head = (pid // HV).to(tl.int64), pid % HV
     row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
-    start, length = tl.load(segment_start + segment), tl.load(segment_length + segment)
+    start, length = load_span(segment_start, segment_length, segment, rows)
     state_offset = (segment * HV + head) * K * V
     state = ()
     for b in tl.static_range(NK):
@@ -98,9 +101,10 @@ def chunk_scan_bwd_kernel(
             store_state(dinitial_state + state_offset, state[b], b * BK + col, value, K, V)
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["segments", "scale"])
 def chunk_pairs_bwd_kernel(
-    q, k, v, g, beta, v_new, do, dw, segment_start, segment_length, chunk_segment, dqk, dkk, dv, dgate, dbeta, scale,
+    q, k, v, g, beta, v_new, do, dw, segment_start, segment_length, chunk_segment, segments, dqk, dkk,
+    dv, dgate, dbeta, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +117,7 @@ def chunk_pairs_bwd_kernel(
     first = chunk * ROWS
     target = (first * HV + head) * V
     squares = (first * HV + head) * ROWS
-    segment = tl.load(chunk_segment + chunk)
+    segment = load_segment(chunk_segment, chunk, segments)
     if segment < 0:
         for start in range(0, V, BV):
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
@@ -177,10 +181,10 @@ def chunk_pairs_bwd_kernel(
         tl.store(dgate + (first + row) * HV + head, cumulative)
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["segments", "scale"])
 def chunk_bwd_kernel(
     q, k, g, beta, v_new, do, dw, states, dstates, dqk, dkk, gate_part, beta_part, segment_start, segment_length,
-    chunk_segment, dq, dk, dg, dbeta, scale,
+    chunk_segment, segments, dq, dk, dg, dbeta, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +196,7 @@ def chunk_bwd_kernel(
     first = chunk * ROWS
     per_head = (first + row) * HV + head
     result = (first * HV + head) * K
-    segment = tl.load(chunk_segment + chunk)
+    segment = load_segment(chunk_segment, chunk, segments)
     if segment < 0:
         for start in range(0, K, BK):
             zero = tl.full([ROWS, BK], 0.0, dtype=tl.float32)

@@ -16,6 +16,20 @@ STRONGEST = tl.constexpr(-110.0)
 
 
 @helper
+def load_segment(chunk_segment, chunk, segments):
+    """The segment of a chunk, -1 for none. The host does not check tables on a GPU, so no value may lead outside."""
+    segment = tl.load(chunk_segment + chunk)
+    return tl.where(segment < segments, segment, -1)
+
+
+@helper
+def load_span(segment_start, segment_length, segment, rows):
+    """Aligned first row and length of a segment, within the rows."""
+    start = tl.minimum(tl.maximum(tl.load(segment_start + segment), 0), rows) // ROWS * ROWS
+    return start, tl.minimum(tl.maximum(tl.load(segment_length + segment), 0), rows - start)
+
+
+@helper
 def valid_rows(segment_start, segment_length, segment, chunk):
     """Rows of the chunk that hold a token; may exceed 64."""
     return tl.load(segment_length + segment) - (chunk * ROWS - tl.load(segment_start + segment))
@@ -159,9 +173,9 @@ def unit_lower_inverse(lower):
     return tl.reshape(x, [64, 64])
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["segments", "scale"])
 def chunk_pairs_kernel(
-    q, k, g, beta, segment_start, segment_length, chunk_segment, inverse, scores, scale,
+    q, k, g, beta, segment_start, segment_length, chunk_segment, segments, inverse, scores, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +186,7 @@ def chunk_pairs_kernel(
     square = tl.arange(0, ROWS)
     first = chunk * ROWS
     square_offset = (first * HV + head) * ROWS
-    segment = tl.load(chunk_segment + chunk)
+    segment = load_segment(chunk_segment, chunk, segments)
     if segment < 0:
         zero = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
         store_rows(scores + square_offset, zero, row, square, HV * ROWS, ROWS)
@@ -204,9 +218,9 @@ def chunk_pairs_kernel(
         store_rows(inverse + square_offset, unit_lower_inverse(kk), row, square, HV * ROWS, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def chunk_scan_kernel(
-    k, v, g, beta, inverse, initial_state, segment_start, segment_length, final_state, states, v_new,
+    k, v, g, beta, inverse, initial_state, segment_start, segment_length, rows, final_state, states, v_new,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +229,7 @@ def chunk_scan_kernel(
     segment, head = (pid // HV).to(tl.int64), pid % HV
     row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
-    start, length = tl.load(segment_start + segment), tl.load(segment_length + segment)
+    start, length = load_span(segment_start, segment_length, segment, rows)
     state_offset = (segment * HV + head) * K * V
     state = ()
     for b in tl.static_range(NK):
@@ -262,9 +276,9 @@ def chunk_scan_kernel(
         store_state(final_state + state_offset, state[b], b * BK + col, value, K, V)
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["segments", "scale"])
 def chunk_out_kernel(
-    q, g, v_new, scores, states, segment_start, segment_length, chunk_segment, o, scale,
+    q, g, v_new, scores, states, segment_start, segment_length, chunk_segment, segments, o, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +290,7 @@ def chunk_out_kernel(
     first = chunk * ROWS
     target = (first * HV + head) * V
     out = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
-    segment = tl.load(chunk_segment + chunk)
+    segment = load_segment(chunk_segment, chunk, segments)
     if segment < 0:
         store_rows(o + target, out, row, value, HV * V, V)
         return

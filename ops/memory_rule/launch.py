@@ -73,7 +73,7 @@ def _pairs(
     scores = q.new_empty(rows, heads.HV, CHUNK)
     inverse = torch.empty_like(scores) if heads.delta else None
     programs = rows // CHUNK * heads.HV
-    _run(chunk_pairs_kernel, heads, programs, q, k, g, beta, *tables, inverse, scores, scale)
+    _run(chunk_pairs_kernel, heads, programs, q, k, g, beta, *tables, tables[0].shape[0], inverse, scores, scale)
     return inverse, scores
 
 
@@ -100,7 +100,7 @@ def _scan(
         v_new = torch.zeros_like(v) if zero_v_new else torch.empty_like(v)
     _run(
         chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, g, beta, inverse, initial_state,
-        segment_start, segment_length, final_state, states, v_new if heads.delta else None,
+        segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
     )  # fmt: skip
     return final_state, states, v_new
 
@@ -126,7 +126,7 @@ def chunk_fwd(
     )
     o = torch.empty_like(v)
     programs = v.shape[0] // CHUNK * heads.HV
-    _run(chunk_out_kernel, heads, programs, q, g, v_new, scores, states, *tables, o, scale)
+    _run(chunk_out_kernel, heads, programs, q, g, v_new, scores, states, *tables, segment_start.shape[0], o, scale)
     return (
         o,
         final_state,
@@ -173,7 +173,7 @@ def chunk_bwd(
     dinitial = v.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     _run(
         chunk_scan_bwd_kernel, heads, segment_start.shape[0] * heads.HV, q, k, g, beta, a, scores, do, dfinal_state,
-        segment_start, segment_length, dstates, dw, None if initial_state is None else dinitial, scale,
+        segment_start, segment_length, rows, dstates, dw, None if initial_state is None else dinitial, scale,
     )  # fmt: skip
 
     def rows_of_heads(like: Tensor | None) -> Tensor | None:
@@ -184,7 +184,7 @@ def chunk_bwd(
     gate_part, beta_part = rows_of_heads(g), rows_of_heads(beta)
     _run(
         chunk_pairs_bwd_kernel, heads, programs, q, k, v, g, beta, v_new, do, dw if heads.delta else None, *tables,
-        dqk, dkk, dv, gate_part, beta_part, scale,
+        segment_start.shape[0], dqk, dkk, dv, gate_part, beta_part, scale,
     )  # fmt: skip
 
     dtype = q.dtype if groups == 1 else torch.float32
@@ -194,7 +194,8 @@ def chunk_bwd(
     dbeta = v.new_empty(0) if beta is None else torch.empty_like(beta)
     _run(
         chunk_bwd_kernel, heads, programs, q, k, g, beta, v_new, do, dw if heads.delta else None, states, dstates,
-        dqk, dkk, gate_part, beta_part, *tables, dq, dk, None if g is None else dg, None if beta is None else dbeta,
+        dqk, dkk, gate_part, beta_part, *tables, segment_start.shape[0],
+        dq, dk, None if g is None else dg, None if beta is None else dbeta,
         scale,
     )  # fmt: skip
     if groups > 1:
@@ -230,7 +231,7 @@ _TYPES = {
     **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg"), "*fp32"),
     **dict.fromkeys(("segment_start", "segment_length", "chunk_segment"), "*i32"),
     **dict.fromkeys(("state_indices", "cu_seqlens"), "*i64"),
-    **dict.fromkeys(("tokens", "pool"), "i32"),
+    **dict.fromkeys(("tokens", "pool", "rows", "segments"), "i32"),
     "scale": "fp32",
 }
 """Triton type of each kernel argument; those not named are pointers to the dtype of v."""
