@@ -4,7 +4,7 @@
 
 The shapes are those of one layer. "bytes" counts each input read once and each output written once, so "of copy" is
 the share of the copy bandwidth an operator would reach if it moved no more than that. Medians; on a shared CPU read
-only the ratios. With flash-linear-attention installed its chunk_gated_delta_rule is timed in the same run.
+only the ratios. --peer times flash-linear-attention's chunk_gated_delta_rule in the same run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import argparse
 import csv
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -142,23 +143,19 @@ def bytes_of(*tensors: object) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
-def measure(size: str, rule: str, device: torch.device, repeats: int) -> list[Row]:
+def measure(size: str, rule: str, device: torch.device, repeats: int) -> Iterator[Row]:
     bandwidth = copy_bandwidth(device)
-    table: list[Row] = [
-        {"operator": "copy", "direction": "", "ms": "", "GB/s": round(bandwidth / 1e6, 1), "of copy": 1.0}
-    ]
+    yield {"operator": "copy", "GB/s": round(bandwidth / 1e6, 1), "of copy": 1.0}
 
-    def add(name: str, direction: str, ms: float, moved: int) -> None:
-        floor = moved / bandwidth
-        table.append(
-            {
-                "operator": name,
-                "direction": direction,
-                "ms": round(ms, 4),
-                "GB/s": round(moved / ms / 1e6, 1),
-                "of copy": round(floor / ms, 3),
-            }
-        )
+    def row(name: str, direction: str, ms: float, moved: int) -> Row:
+        share = moved / bandwidth / ms
+        return {
+            "operator": name,
+            "direction": direction,
+            "ms": round(ms, 4),
+            "GB/s": round(moved / ms / 1e6, 1),
+            "of copy": round(share, 3),
+        }
 
     for name, (function, inputs) in cases(size, rule, device).items():
         in_place = name.startswith("recurrent")
@@ -166,7 +163,7 @@ def measure(size: str, rule: str, device: torch.device, repeats: int) -> list[Ro
         out = function(*leaves)
         moved = bytes_of(*inputs, out) + (bytes_of(inputs[0]) if in_place else 0)
         with torch.no_grad():
-            add(name, "forward", median_ms(lambda: function(*leaves), device, repeats), moved)  # noqa: B023
+            yield row(name, "forward", median_ms(lambda: function(*leaves), device, repeats), moved)  # noqa: B023
         if isinstance(out, Tensor) and out.requires_grad:
             grad = torch.randn_like(out)
             wanted = [x for x in leaves if x.requires_grad]
@@ -174,20 +171,13 @@ def measure(size: str, rule: str, device: torch.device, repeats: int) -> list[Ro
             def backward() -> object:
                 return torch.autograd.grad(out, wanted, grad, retain_graph=True)  # noqa: B023
 
-            add(name, "backward", median_ms(backward, device, repeats), 2 * moved)
-    table += peer(size, device, repeats)
-    return table
+            yield row(name, "backward", median_ms(backward, device, repeats), 2 * moved)
 
 
-def peer(size: str, device: torch.device, repeats: int) -> list[Row]:
+def peer(device: torch.device, repeats: int) -> Iterator[Row]:
     """flash-linear-attention's chunk_gated_delta_rule on T = 16384 tokens of one sequence, and ours beside it."""
-    if device.type != "cuda":
-        return []
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as theirs
-    except ImportError:
-        return []
-    table: list[Row] = []
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as theirs
+
     for heads, dim in ((4, 256), (8, 128)):
         shape = (1, 16384, heads, dim)
         q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
@@ -195,23 +185,27 @@ def peer(size: str, device: torch.device, repeats: int) -> list[Row]:
         g = (-torch.rand(shape[:3], device=device)).requires_grad_()
         beta = torch.rand(shape[:3], device=device, dtype=torch.bfloat16).requires_grad_()
         grad = torch.randn_like(v)
-        for name, function in (("fla", theirs), ("ours", ops.chunk_gated_delta_rule)):
+        for name, function in (("ours", ops.chunk_gated_delta_rule), ("fla", theirs)):
             label = f"{name} chunk_gated_delta_rule H={heads} K=V={dim} T=16384"
             try:
                 out = function(q, k, v, g, beta)[0]
                 with torch.no_grad():
                     ms = median_ms(lambda: function(q, k, v, g, beta), device, repeats)  # noqa: B023
-                table.append({"operator": label, "direction": "forward", "ms": round(ms, 4)})
+                yield {"operator": label, "direction": "forward", "ms": round(ms, 4)}
                 wanted = [q, k, v, g, beta]
                 ms = median_ms(
                     lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True),  # noqa: B023
                     device,
                     repeats,
                 )
-                table.append({"operator": label, "direction": "backward", "ms": round(ms, 4)})
+                yield {"operator": label, "direction": "backward", "ms": round(ms, 4)}
             except Exception as error:  # its backward refuses some versions of Triton
-                table.append({"operator": label, "direction": f"refused: {str(error)[:80]}"})
-    return table
+                yield {"operator": label, "direction": f"refused: {str(error)[:80]}"}
+
+
+def _line(row: Row) -> str:
+    widths = {"operator": 52, "direction": 10, "ms": 9, "GB/s": 8, "of copy": 8}
+    return "  ".join(f"{row.get(column, '')!s:<{width}}" for column, width in widths.items())
 
 
 def main() -> None:
@@ -221,20 +215,22 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES)
     parser.add_argument("--rule", choices=RULES, default="gated_delta")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--peer", action="store_true", help="time fla's operator too; it tunes itself for minutes first"
+    )
     parser.add_argument("--out", type=Path, help="folder for operators.csv")
     args = parser.parse_args()
     device = torch.device(args.device)
     size = args.size or ("512m" if device.type == "cuda" else "small")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, python {platform.python_version()}; size {size}, rule {args.rule}")
-    table = measure(size, args.rule, device, args.repeats)
+    table: list[Row] = []
     columns = ["operator", "direction", "ms", "GB/s", "of copy"]
-    for row in [dict(zip(columns, columns, strict=True)), *table]:
-        print(
-            "  ".join(
-                f"{row.get(column, '')!s:<{width}}" for column, width in zip(columns, (52, 10, 9, 8, 8), strict=True)
-            )
-        )
+    print(_line({column: column for column in columns}))
+    rows = measure(size, args.rule, device, args.repeats)
+    for row in chain(rows, peer(device, args.repeats)) if args.peer else rows:
+        table.append(row)
+        print(_line(row), flush=True)
     if args.out:
         with (args.out / "operators.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
