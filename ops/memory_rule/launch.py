@@ -264,6 +264,8 @@ def _variant(kernel: Any, heads: _Heads) -> KernelVariant:
     absent = (() if heads.gate else _GATE_ONLY) + (() if heads.delta else _DELTA_ONLY)
     if kernel is chunk_scan_kernel and not heads.delta:
         absent += ("v_new",)
+    if kernel is chunk_scan_bwd_kernel:
+        absent = tuple(name for name in absent if name != "dw")  # dv without the delta
     types = _TYPES | ({"dbeta": "*fp32"} if kernel is chunk_pairs_bwd_kernel else {})
     names = [name for name in kernel.arg_names if name not in config.constants]
     arguments = {name: None if name in absent else types.get(name, pointer(heads.dtype)) for name in names}
