@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 import mom_compile.ops as ops
 from mom_compile import MoMForCausalLM
 from mom_compile.ops import RULES
+from mom_compile.ops.grouped_linear import grouped_linear_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -131,6 +132,25 @@ def test_reduce_overhead_decode() -> None:
         assert_close(out.logits[:, 0], expected[:, t], 5e-5, f"token {t}")
 
 
+@pytest.mark.parametrize(
+    "bounds", [[0, 64, 64, 192, 320], [0, 3, 70, 70, 71], [0, 0, 0, 0, 0], [0, 100, 200, 300, 400]]
+)
+def test_grouped_linear_in_bfloat16(bounds: list[int]) -> None:
+    """By the library's grouped product where it serves: empty groups, ragged ones, rows of no group."""
+    x = torch.randn(400, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4, 96, 64, dtype=torch.bfloat16, requires_grad=True)
+    offset = torch.tensor(bounds, dtype=torch.int32)
+    y = ops.grouped_linear(x, weight, offset)
+    expected = grouped_linear_reference(x, weight, offset)
+    grad = torch.randn_like(y)
+    actual_grads = torch.autograd.grad(y, (x, weight), grad)
+    expected_grads = torch.autograd.grad(expected, (x, weight), grad.double())
+    for actual, wanted in zip((y, *actual_grads), (expected, *expected_grads), strict=True):
+        assert torch.isfinite(actual).all()
+        assert relative(actual, wanted) < 1e-2 if wanted.any() else not actual.any()
+    assert not y[bounds[-1] :].any()
+
+
 def test_repeats_are_bit_equal() -> None:
     model = tiny_model().bfloat16().train()
     ids = _ids(4, 300)
@@ -157,6 +177,7 @@ def test_bad_values_stay_in_bounds() -> None:
     for tables in ((wild, wild, chunk), (wild, wild.abs(), plan.chunk_segment)):
         out = torch.ops.mom.chunk_gated_delta_rule(q, q, q, gate, gate.exp(), None, *tables, 0.25, save)
         torch.ops.mom.chunk_rule_bwd(q, q, q, gate, gate.exp(), None, *tables, *out[2:], q, None, 0.25)
+        torch.ops.mom.grouped_linear(q.flatten(1).bfloat16(), torch.randn(3, 16, 32).bfloat16(), wild[:4])
         torch.ops.mom.short_conv(q.flatten(1), torch.randn(32, 4), None, *tables, "silu")
     state = torch.randn(2, 2, 16, 16)
     torch.ops.mom.recurrent_gated_delta_rule(

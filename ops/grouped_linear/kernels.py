@@ -114,3 +114,20 @@ def grouped_linear_dweight_kernel(
         total = tl.dot(a, b, total, input_precision="ieee")
     out = dweight + (group.to(tl.int64) * N + column)[:, None] * D + inner[None, :]
     tl.store(out, total.to(dweight.dtype.element_ty), mask=(column < N)[:, None] & (inner < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def zero_tail_kernel(
+    y, ends, rows, G: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Zeros in the rows that belong to no group."""
+    first = tl.program_id(0) * BLOCK_R
+    end = tl.load(ends + (G - 1))
+    if first + BLOCK_R <= end:
+        return
+    row = first + tl.arange(0, BLOCK_R)
+    for start in range(0, N, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        address = y + row.to(tl.int64)[:, None] * N + column[None, :]
+        mask = ((row >= end) & (row < rows))[:, None] & (column < N)[None, :]
+        tl.store(address, tl.zeros([BLOCK_R, BLOCK_N], y.dtype.element_ty), mask=mask)

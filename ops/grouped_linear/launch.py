@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .._kernel_variant import KernelVariant
 from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from .._layout import CHUNK
-from .kernels import grouped_linear_dweight_kernel, grouped_linear_fwd_kernel
+from .kernels import grouped_linear_dweight_kernel, grouped_linear_fwd_kernel, zero_tail_kernel
 
 # Both operands of the products are plain loads: Triton 3.6 puts no proxy fence before such a product in a pipelined
 # loop on sm_90, so the loops have one stage.
@@ -51,8 +52,37 @@ def _dweight_config(columns: int, inner: int, dtype: torch.dtype) -> Config:
     return Config(constants)
 
 
+def _tail_config(groups: int, columns: int) -> Config:
+    return Config({"G": groups, "N": columns, "BLOCK_R": 16, "BLOCK_N": _block(columns, 256)})
+
+
+def _use_library(x: Tensor, *others: Tensor) -> bool:
+    """Whether torch's grouped_mm serves: it keeps the offsets on the device on sm_90 alone, in bfloat16, with rows of
+    whole 16-byte units; elsewhere it copies them to the host."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or 0 in x.shape or not hasattr(functional, "grouped_mm"):
+        return False
+    if torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    for tensor in (x, *others):
+        rest = [stride for stride in tensor.stride() if stride != 1]
+        if tensor.data_ptr() % 16 or any(stride * tensor.element_size() % 16 for stride in rest) or 0 in tensor.shape:
+            return False
+    return True
+
+
+def _ends(group_offset: Tensor, rows: int) -> Tensor:
+    """Where each group ends. A value of a table on a GPU is not checked by the host and must not lead outside."""
+    return group_offset[1:].clamp(0, rows).cummax(0).values
+
+
 def grouped_linear_fwd(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
     rows, (groups, columns, _) = x.shape[0], weight.shape
+    if groups and _use_library(x, weight):
+        ends = _ends(group_offset, rows)
+        y = functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        config = _tail_config(groups, columns)
+        launch(zero_tail_kernel, (cdiv(rows, config.constants["BLOCK_R"]),), config, y, ends, rows)
+        return y
     y = x.new_empty(rows, columns)
     if groups == 0:
         return y.zero_()
@@ -64,6 +94,8 @@ def grouped_linear_fwd(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tenso
 
 def grouped_linear_dweight(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tensor:
     (rows, inner), columns, groups = x.shape, dy.shape[1], group_offset.shape[0] - 1
+    if groups and _use_library(x, dy):
+        return functional.grouped_mm(dy.t(), x, offs=_ends(group_offset, rows))
     dweight = x.new_empty(groups, columns, inner)
     config = _dweight_config(columns, inner, x.dtype)
     tiles = cdiv(columns, config.constants["BLOCK_N"]) * cdiv(inner, config.constants["BLOCK_D"])
@@ -87,3 +119,7 @@ def variants() -> Iterator[KernelVariant]:
             config = _dweight_config(columns, inner, dtype)
             quick = groups == 5 and inner == 1024 and dtype == KERNEL_DTYPES[1]
             yield variant(label, grouped_linear_dweight_kernel, arguments, config, quick)
+    for columns in (16, 100, 2048):
+        config = _tail_config(5, columns)
+        arguments = {"y": "*bf16", "ends": "*i32", "rows": "i32"}
+        yield variant(f"N={columns}", zero_tail_kernel, arguments, config, columns == 2048)

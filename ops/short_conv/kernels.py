@@ -57,16 +57,12 @@ def _convolve(
 
 
 @helper
-def _gradient(dy, linear, start, position, feature, length, rows, F: tl.constexpr, SILU: tl.constexpr):
-    """The gradient before the activation at ``position``; zero outside the segment."""
+def _at(grad, start, position, feature, length, rows, F: tl.constexpr):
+    """``[R, BLOCK_F]`` float32: the gradient before the activation at ``position``; zero outside the segment."""
     row = start + position
     inside = (position >= 0) & (position < length) & (row >= 0) & (row < rows)
-    address = dy + row.to(tl.int64)[:, None] * F + feature[None, :]
-    grad = tl.load(address, mask=inside[:, None] & (feature < F)[None, :], other=0.0).to(tl.float32)
-    if SILU:
-        sigmoid = tl.sigmoid(linear)
-        grad = grad * sigmoid * (1.0 + linear * (1.0 - sigmoid))
-    return grad
+    address = grad + row.to(tl.int64)[:, None] * F + feature[None, :]
+    return tl.load(address, mask=inside[:, None] & (feature < F)[None, :], other=0.0).to(tl.float32)
 
 
 @helper
@@ -81,7 +77,8 @@ def _segment(segment_start, segment_length, chunk_segment, chunk, segments):
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
-def short_conv_fwd_kernel(
+def short_conv_kernel(
+    dy,
     x,
     weight,
     state,
@@ -98,6 +95,7 @@ def short_conv_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    """y; or, where dy is given, the gradient before the activation, ``dy`` times the activation's derivative."""
     FEATURE_BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     block = tl.program_id(0) // FEATURE_BLOCKS
     feature = tl.program_id(0) % FEATURE_BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -109,8 +107,15 @@ def short_conv_fwd_kernel(
         linear = _convolve(x, weight, state, segment, start, position, feature, length, rows, F, WIDTH, True)
     else:
         linear = _convolve(x, weight, state, segment, start, position, feature, length, rows, F, WIDTH, False)
-    if SILU:
-        linear = linear * tl.sigmoid(linear)
+    if dy is None:
+        if SILU:
+            linear = linear * tl.sigmoid(linear)
+    else:
+        grad = _at(dy, start, position, feature, length, rows, F)
+        if SILU:
+            sigmoid = tl.sigmoid(linear)
+            grad = grad * sigmoid * (1.0 + linear * (1.0 - sigmoid))
+        linear = grad
     real = (position >= 0) & (position < length)
     row = block.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     result = tl.where(real[:, None], linear, 0.0).to(y.dtype.element_ty)
@@ -144,62 +149,9 @@ def final_state_kernel(
     tl.store(address, value.to(final_state.dtype.element_ty), mask=mask)
 
 
-@helper
-def _rows_gradient(
-    dy,
-    dfinal,
-    x,
-    weight,
-    state,
-    dx,
-    dweight,
-    segment,
-    start,
-    length,
-    first,
-    feature,
-    rows,
-    F: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    NEAR: tl.constexpr,
-):
-    """Writes dx of BLOCK_R rows; returns the taps' gradient ``[BLOCK_W, BLOCK_F]`` with their share added."""
-    position = first + tl.arange(0, BLOCK_R)
-    channel = feature < F
-    linear = _convolve(x, weight, state, segment, start, position, feature, length, rows, F, WIDTH, NEAR)
-    grad = _gradient(dy, linear, start, position, feature, length, rows, F, SILU)
-    for tap in range(WIDTH):
-        back = position + (tap - (WIDTH - 1))
-        value = _source(x, state, segment, start, back, feature, length, rows, F, WIDTH, NEAR)
-        share = tl.sum(grad * value, 0)
-        dweight += tl.where((tl.arange(0, BLOCK_W) == tap)[:, None], share[None, :], 0.0)
-    total = grad * tl.load(weight + feature * WIDTH + (WIDTH - 1), mask=channel, other=0.0).to(tl.float32)[None, :]
-    # The next WIDTH-1 positions read this row as well: their convolution is computed again.
-    for shift in range(1, WIDTH):
-        later = position + shift
-        linear = _convolve(x, weight, state, segment, start, later, feature, length, rows, F, WIDTH, NEAR)
-        grad = _gradient(dy, linear, start, later, feature, length, rows, F, SILU)
-        factor = tl.load(weight + feature * WIDTH + (WIDTH - 1 - shift), mask=channel, other=0.0).to(tl.float32)
-        total += grad * factor[None, :]
-    real = (position >= 0) & (position < length)
-    if dfinal is not None:
-        if first + BLOCK_R > length - (WIDTH - 1):
-            slot = position - (length - (WIDTH - 1))
-            address = dfinal + (segment.to(tl.int64) * F + feature)[None, :] * (WIDTH - 1) + slot[:, None]
-            mask = (real & (slot >= 0))[:, None] & channel[None, :]
-            total += tl.load(address, mask=mask, other=0.0).to(tl.float32)
-    row = (start + position).to(tl.int64)
-    result = tl.where(real[:, None], total, 0.0).to(dx.dtype.element_ty)
-    tl.store(dx + row[:, None] * F + feature[None, :], result, mask=channel[None, :])
-    return dweight
-
-
 @triton.jit(do_not_specialize=["rows", "segments"])
 def short_conv_bwd_kernel(
-    dy,
+    grad,
     dfinal,
     x,
     weight,
@@ -213,7 +165,6 @@ def short_conv_bwd_kernel(
     segments,
     F: tl.constexpr,
     WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -223,32 +174,43 @@ def short_conv_bwd_kernel(
     FEATURE_BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     chunk = tl.program_id(0) // FEATURE_BLOCKS
     feature = tl.program_id(0) % FEATURE_BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
+    channel = feature < F
     segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments)
     dweight = tl.zeros([BLOCK_W, BLOCK_F], tl.float32)
     for step in range(CHUNK // BLOCK_R):
         first = chunk * CHUNK + step * BLOCK_R - start
-        if first < WIDTH - 1:
-            dweight = _rows_gradient(
-                dy, dfinal, x, weight, state, dx, dweight, segment, start, length, first, feature, rows,
-                F, WIDTH, SILU, BLOCK_R, BLOCK_W, True,
-            )  # fmt: skip
-        else:
-            dweight = _rows_gradient(
-                dy, dfinal, x, weight, state, dx, dweight, segment, start, length, first, feature, rows,
-                F, WIDTH, SILU, BLOCK_R, BLOCK_W, False,
-            )  # fmt: skip
+        position = first + tl.arange(0, BLOCK_R)
+        here = _at(grad, start, position, feature, length, rows, F)
+        total = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
+        for tap in tl.static_range(WIDTH):
+            # This tap reads this row for the position that lies WIDTH-1-tap later.
+            later = _at(grad, start, position + (WIDTH - 1 - tap), feature, length, rows, F)
+            factor = tl.load(weight + feature * WIDTH + tap, mask=channel, other=0.0).to(tl.float32)
+            total += later * factor[None, :]
+            back = position + (tap - (WIDTH - 1))
+            value = _source(x, state, segment, start, back, feature, length, rows, F, WIDTH, True)
+            share = tl.sum(here * value, 0)
+            dweight += tl.where((tl.arange(0, BLOCK_W) == tap)[:, None], share[None, :], 0.0)
+        real = (position >= 0) & (position < length)
+        if dfinal is not None:
+            if first + BLOCK_R > length - (WIDTH - 1):
+                slot = position - (length - (WIDTH - 1))
+                address = dfinal + (segment.to(tl.int64) * F + feature)[None, :] * (WIDTH - 1) + slot[:, None]
+                mask = (real & (slot >= 0))[:, None] & channel[None, :]
+                total += tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        row = chunk.to(tl.int64) * CHUNK + step * BLOCK_R + tl.arange(0, BLOCK_R)
+        result = tl.where(real[:, None], total, 0.0).to(dx.dtype.element_ty)
+        tl.store(dx + row[:, None] * F + feature[None, :], result, mask=channel[None, :])
     tap = tl.arange(0, BLOCK_W)
     address = partial + (chunk.to(tl.int64) * WIDTH + tap)[:, None] * F + feature[None, :]
-    tl.store(address, dweight, mask=(tap < WIDTH)[:, None] & (feature < F)[None, :])
+    tl.store(address, dweight, mask=(tap < WIDTH)[:, None] & channel[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
 def initial_state_kernel(
-    dy,
+    grad,
     dfinal,
-    x,
     weight,
-    state,
     segment_start,
     segment_length,
     dstate,
@@ -256,7 +218,6 @@ def initial_state_kernel(
     segments,
     F: tl.constexpr,
     WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -270,11 +231,9 @@ def initial_state_kernel(
     channel = (feature < F)[None, :]
     total = tl.zeros([BLOCK_W, BLOCK_F], tl.float32)
     for tap in range(WIDTH - 1):
-        position = slot - tap  # the position whose tap reads this slot
-        linear = _convolve(x, weight, state, segment, start, position, feature, length, rows, F, WIDTH, True)
-        grad = _gradient(dy, linear, start, position, feature, length, rows, F, SILU)
         factor = tl.load(weight + feature * WIDTH + tap, mask=feature < F, other=0.0).to(tl.float32)
-        total += grad * factor[None, :]
+        # slot - tap: the position whose tap reads this slot.
+        total += _at(grad, start, slot - tap, feature, length, rows, F) * factor[None, :]
     offset = (segment.to(tl.int64) * F + feature)[None, :] * (WIDTH - 1)
     if dfinal is not None:
         kept = slot - length

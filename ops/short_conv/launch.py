@@ -10,23 +10,23 @@ from torch import Tensor
 from .._kernel_variant import KernelVariant
 from .._launch import KERNEL_DTYPES, Config, cdiv, feature_block, launch, next_power_of_2, pointer, variant
 from .._layout import CHUNK
-from .kernels import final_state_kernel, initial_state_kernel, short_conv_bwd_kernel, short_conv_fwd_kernel
+from .kernels import final_state_kernel, initial_state_kernel, short_conv_bwd_kernel, short_conv_kernel
 
 
-def _rows_config(features: int, width: int, activation: str, backward: bool) -> Config:
+def _rows_config(features: int, width: int, activation: str) -> Config:
     block_f = feature_block(features, 64)
     constants = {"F": features, "WIDTH": width, "SILU": int(activation == "silu"), "CHUNK": CHUNK}
-    constants |= {"BLOCK_R": min((1024 if backward else 2048) // block_f, CHUNK), "BLOCK_F": block_f}
-    if backward:
-        constants["BLOCK_W"] = next_power_of_2(max(width, 2))
-    return Config(constants)
+    return Config({**constants, "BLOCK_R": min(2048 // block_f, CHUNK), "BLOCK_F": block_f})
 
 
-def _state_config(features: int, width: int, activation: str | None) -> Config:
-    """``activation`` is None for the final state, which is no function of it."""
+def _bwd_config(features: int, width: int) -> Config:
+    block_f = feature_block(features, 64)
+    constants = {"F": features, "WIDTH": width, "CHUNK": CHUNK, "BLOCK_W": next_power_of_2(max(width, 2))}
+    return Config({**constants, "BLOCK_R": min(2048 // block_f, CHUNK), "BLOCK_F": block_f})
+
+
+def _state_config(features: int, width: int) -> Config:
     constants = {"F": features, "WIDTH": width, "BLOCK_W": next_power_of_2(max(width - 1, 2))}
-    if activation is not None:
-        constants["SILU"] = int(activation == "silu")
     return Config({**constants, "BLOCK_F": feature_block(features, 256)})
 
 
@@ -48,13 +48,13 @@ def short_conv_fwd(
     final_state = x.new_empty(segments, features, width - 1)
     state = initial_state if width > 1 else None
     tables = segment_start, segment_length
-    config = _rows_config(features, width, activation, False)
+    config = _rows_config(features, width, activation)
     launch(
-        short_conv_fwd_kernel, _programs(rows // config.constants["BLOCK_R"], features, config), config,
-        x, weight, state, *tables, chunk_segment, y, rows, segments,
+        short_conv_kernel, _programs(rows // config.constants["BLOCK_R"], features, config), config,
+        None, x, weight, state, *tables, chunk_segment, y, rows, segments,
     )  # fmt: skip
     if width > 1:
-        config = _state_config(features, width, None)
+        config = _state_config(features, width)
         launch(
             final_state_kernel, _programs(segments, features, config), config,
             x, state, *tables, final_state, rows, segments,
@@ -75,24 +75,29 @@ def short_conv_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (rows, features), width, segments = x.shape, weight.shape[1], segment_start.shape[0]
     chunks = rows // CHUNK
-    dx = torch.empty_like(x)
+    grad, dx = torch.empty_like(x), torch.empty_like(x)
     partial = torch.empty(chunks, width, features, dtype=torch.float32, device=x.device)
     dfinal, state = (dfinal_state, initial_state) if width > 1 else (None, None)
     tables = segment_start, segment_length
-    config = _rows_config(features, width, activation, True)
+    config = _rows_config(features, width, activation)
+    launch(
+        short_conv_kernel, _programs(rows // config.constants["BLOCK_R"], features, config), config,
+        dy, x, weight, state, *tables, chunk_segment, grad, rows, segments,
+    )  # fmt: skip
+    config = _bwd_config(features, width)
     launch(
         short_conv_bwd_kernel, _programs(chunks, features, config), config,
-        dy, dfinal, x, weight, state, *tables, chunk_segment, dx, partial, rows, segments,
+        grad, dfinal, x, weight, state, *tables, chunk_segment, dx, partial, rows, segments,
     )  # fmt: skip
     dweight = partial.sum(0).t().to(weight.dtype).contiguous()
     if initial_state is None:
         return dx, dweight, x.new_empty(0)
     dinitial = torch.empty_like(initial_state)
     if width > 1:
-        config = _state_config(features, width, activation)
+        config = _state_config(features, width)
         launch(
             initial_state_kernel, _programs(segments, features, config), config,
-            dy, dfinal, x, weight, state, *tables, dinitial, rows, segments,
+            grad, dfinal, weight, *tables, dinitial, rows, segments,
         )  # fmt: skip
     return dx, dweight, dinitial
 
@@ -109,18 +114,19 @@ def variants() -> Iterator[KernelVariant]:
             state = kind if stateful else None
             tables = {"segment_start": "*i32", "segment_length": "*i32"}
             inputs: dict[str, str | None] = {"x": kind, "weight": kind, "state": state, **tables}
-            grads: dict[str, str | None] = {"dy": kind, "dfinal": state}
+            grads: dict[str, str | None] = {"grad": kind, "dfinal": state}
             sizes = {"rows": "i32", "segments": "i32"}
-            config = _rows_config(features, width, activation, False)
-            arguments: dict[str, str | None] = {**inputs, "chunk_segment": "*i32", "y": kind, **sizes}
-            yield variant(label, short_conv_fwd_kernel, arguments, config, quick)
+            config = _rows_config(features, width, activation)
+            for dy in (None, kind):
+                arguments: dict[str, str | None] = {"dy": dy, **inputs, "chunk_segment": "*i32", "y": kind, **sizes}
+                case = label if dy is None else f"{label} gradient"
+                yield variant(case, short_conv_kernel, arguments, config, quick)
             arguments = {**grads, **inputs, "chunk_segment": "*i32", "dx": kind, "partial": "*fp32", **sizes}
-            config = _rows_config(features, width, activation, True)
-            yield variant(label, short_conv_bwd_kernel, arguments, config, quick)
+            yield variant(label, short_conv_bwd_kernel, arguments, _bwd_config(features, width), quick)
             if width == 1:
                 continue
             arguments = {"x": kind, "state": state, **tables, "final_state": kind, **sizes}
-            yield variant(label, final_state_kernel, arguments, _state_config(features, width, None), quick)
+            yield variant(label, final_state_kernel, arguments, _state_config(features, width), quick)
             if stateful:
-                arguments = {**grads, **inputs, "dstate": kind, **sizes}
-                yield variant(label, initial_state_kernel, arguments, _state_config(features, width, activation), quick)
+                arguments = {**grads, "weight": kind, **tables, "dstate": kind, **sizes}
+                yield variant(label, initial_state_kernel, arguments, _state_config(features, width), quick)
