@@ -170,6 +170,7 @@ def test_bad_values_stay_in_bounds() -> None:
     rows = ops.permute(x, plan)
     ops.combine(rows.view(-1, 1, 8), torch.rand(3, 2), plan)
     wild = torch.randint(-(1 << 30), 1 << 30, (plan.segment_start.shape[0],), dtype=torch.int32)
+    wild_bounds = torch.tensor([5, 1 << 30, -7, 1 << 20], dtype=torch.int32)
     chunk = torch.full_like(plan.chunk_segment, 1 << 20)
     q = torch.randn(plan.entry_of.shape[0], 2, 16)
     gate = -torch.rand(q.shape[0], 2)
@@ -177,7 +178,7 @@ def test_bad_values_stay_in_bounds() -> None:
     for tables in ((wild, wild, chunk), (wild, wild.abs(), plan.chunk_segment)):
         out = torch.ops.mom.chunk_gated_delta_rule(q, q, q, gate, gate.exp(), None, *tables, 0.25, save)
         torch.ops.mom.chunk_rule_bwd(q, q, q, gate, gate.exp(), None, *tables, *out[2:], q, None, 0.25)
-        torch.ops.mom.grouped_linear(q.flatten(1).bfloat16(), torch.randn(3, 16, 32).bfloat16(), wild[:4])
+        torch.ops.mom.grouped_linear(q.flatten(1).bfloat16(), torch.randn(3, 16, 32).bfloat16(), wild_bounds)
         torch.ops.mom.short_conv(q.flatten(1), torch.randn(32, 4), None, *tables, "silu")
     state = torch.randn(2, 2, 16, 16)
     torch.ops.mom.recurrent_gated_delta_rule(

@@ -168,7 +168,6 @@ def short_conv_bwd_kernel(
     CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    BLOCK_W: tl.constexpr,
 ):
     """dx of one chunk, and its share of the taps' gradient: ``partial [chunks, WIDTH, F]``."""
     FEATURE_BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
@@ -176,12 +175,16 @@ def short_conv_bwd_kernel(
     feature = tl.program_id(0) % FEATURE_BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
     channel = feature < F
     segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments)
-    dweight = tl.zeros([BLOCK_W, BLOCK_F], tl.float32)
+    # One tile for each tap, summed over its rows at the end: a sum between the loads would make each wait for it.
+    shares = ()
+    for _ in tl.static_range(WIDTH):
+        shares = shares + (tl.zeros([BLOCK_R, BLOCK_F], tl.float32),)
     for step in range(CHUNK // BLOCK_R):
         first = chunk * CHUNK + step * BLOCK_R - start
         position = first + tl.arange(0, BLOCK_R)
         here = _at(grad, start, position, feature, length, rows, F)
         total = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
+        added = ()
         for tap in tl.static_range(WIDTH):
             # This tap reads this row for the position that lies WIDTH-1-tap later.
             later = _at(grad, start, position + (WIDTH - 1 - tap), feature, length, rows, F)
@@ -189,8 +192,8 @@ def short_conv_bwd_kernel(
             total += later * factor[None, :]
             back = position + (tap - (WIDTH - 1))
             value = _source(x, state, segment, start, back, feature, length, rows, F, WIDTH, True)
-            share = tl.sum(here * value, 0)
-            dweight += tl.where((tl.arange(0, BLOCK_W) == tap)[:, None], share[None, :], 0.0)
+            added = added + (shares[tap] + here * value,)
+        shares = added
         real = (position >= 0) & (position < length)
         if dfinal is not None:
             if first + BLOCK_R > length - (WIDTH - 1):
@@ -201,9 +204,9 @@ def short_conv_bwd_kernel(
         row = chunk.to(tl.int64) * CHUNK + step * BLOCK_R + tl.arange(0, BLOCK_R)
         result = tl.where(real[:, None], total, 0.0).to(dx.dtype.element_ty)
         tl.store(dx + row[:, None] * F + feature[None, :], result, mask=channel[None, :])
-    tap = tl.arange(0, BLOCK_W)
-    address = partial + (chunk.to(tl.int64) * WIDTH + tap)[:, None] * F + feature[None, :]
-    tl.store(address, dweight, mask=(tap < WIDTH)[:, None] & channel[None, :])
+    for tap in tl.static_range(WIDTH):
+        address = partial + (chunk.to(tl.int64) * WIDTH + tap) * F + feature
+        tl.store(address, tl.sum(shares[tap], 0), mask=channel)
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])

@@ -21,8 +21,9 @@ def _rows_config(features: int, width: int, activation: str) -> Config:
 
 def _bwd_config(features: int, width: int) -> Config:
     block_f = feature_block(features, 64)
-    constants = {"F": features, "WIDTH": width, "CHUNK": CHUNK, "BLOCK_W": next_power_of_2(max(width, 2))}
-    return Config({**constants, "BLOCK_R": min(2048 // block_f, CHUNK), "BLOCK_F": block_f})
+    # A tile of registers for each tap: more taps, fewer rows.
+    block_r = min(8192 // (block_f * next_power_of_2(max(width, 4))), CHUNK)
+    return Config({"F": features, "WIDTH": width, "CHUNK": CHUNK, "BLOCK_R": block_r, "BLOCK_F": block_f})
 
 
 def _state_config(features: int, width: int) -> Config:
