@@ -26,8 +26,8 @@ demo: $(STAMP)
 	$(BIN)/mom-compile demo $(DEMO_ARGS)
 
 PYTEST := $(BIN)/python -m pytest
-# One process per core, one file at a time: the tests themselves use one thread.
-PARALLEL := -n auto --dist loadfile
+# One process per core (the tests themselves use one thread); see conftest.py for what stays together.
+PARALLEL := -n auto --dist loadgroup
 
 test: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels"

@@ -36,6 +36,10 @@ def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCaus
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        # Files stay together, as their fixtures are shared; kernels compile wherever a process is free.
+        if item.path.stem != "test_kernels_compile":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -83,7 +83,7 @@ def grouped_linear_fwd(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tenso
         config = _tail_config(groups, columns)
         launch(zero_tail_kernel, (cdiv(rows, config.constants["BLOCK_R"]),), config, y, ends, rows)
         return y
-    y = x.new_empty(rows, columns)
+    x, y = x.contiguous(), x.new_empty(rows, columns)
     if groups == 0:
         return y.zero_()
     config = _fwd_config(tuple(weight.shape), weight.stride(), x.dtype)
@@ -96,7 +96,7 @@ def grouped_linear_dweight(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tenso
     (rows, inner), columns, groups = x.shape, dy.shape[1], group_offset.shape[0] - 1
     if groups and _use_library(x, dy):
         return functional.grouped_mm(dy.t(), x, offs=_ends(group_offset, rows))
-    dweight = x.new_empty(groups, columns, inner)
+    dy, x, dweight = dy.contiguous(), x.contiguous(), x.new_empty(groups, columns, inner)
     config = _dweight_config(columns, inner, x.dtype)
     tiles = cdiv(columns, config.constants["BLOCK_N"]) * cdiv(inner, config.constants["BLOCK_D"])
     launch(grouped_linear_dweight_kernel, (groups * tiles,), config, dy, x, group_offset, dweight, rows)

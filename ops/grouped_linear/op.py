@@ -49,7 +49,7 @@ def _triton(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
     _check(x, weight, group_offset)
     if not x.is_cuda:
         _check_offsets(x.shape[0], group_offset)
-    return launch.grouped_linear_fwd(x.contiguous(), weight, group_offset.contiguous())
+    return launch.grouped_linear_fwd(x, weight, group_offset.contiguous())
 
 
 def _dweight_check(dy: Tensor, x: Tensor, group_offset: Tensor) -> None:
@@ -73,7 +73,7 @@ def _dweight_triton(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tensor:
     _dweight_check(dy, x, group_offset)
     if not x.is_cuda:
         _check_offsets(x.shape[0], group_offset)
-    return launch.grouped_linear_dweight(dy.contiguous(), x.contiguous(), group_offset.contiguous())
+    return launch.grouped_linear_dweight(dy, x, group_offset.contiguous())
 
 
 grouped_linear_dweight = register_op(

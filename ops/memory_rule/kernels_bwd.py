@@ -8,12 +8,16 @@ import triton.language as tl
 from .kernels_fwd import (
     ROWS,
     edge_decay,
+    key_tile,
+    key_tile_t,
     load_gate,
+    load_key_tiles,
     load_rows,
     load_rows_t,
     load_segment,
     load_span,
     load_square,
+    load_square_t,
     load_state,
     load_state_t,
     pair_decay,
@@ -59,18 +63,19 @@ def chunk_scan_bwd_kernel(
         if HAS_GATE:
             high, low = load_gate(g + first * HV + head, row, count, HV)
             from_start, to_end, total = edge_decay(high, low)
+        k_tiles = load_key_tiles(k + source, row, col, H * K, count, K, NK, PRECISION)
         grad = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
         for b in tl.static_range(NK):
             store_state(dstates + (chunk * HV + head) * K * V, state[b], b * BK + col, value, K, V)
-            k_tile = load_rows(k + source, row, b * BK + col, H * K, count, K)
+            k_tile = key_tile(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
             grad = product(k_tile, state[b].to(k_tile.dtype), grad, PRECISION)
         if HAS_GATE:
             grad *= to_end[:, None]
         do_tile = load_rows(do + target, row, value, HV * V, count, V)
-        p_tile_t = load_square(scores + squares, row, square, 1, HV * ROWS)
+        p_tile_t = load_square_t(scores + squares, row, square, HV * ROWS, PRECISION)
         grad = product(p_tile_t, do_tile, grad, PRECISION)
         if HAS_DELTA:
-            a_tile_t = load_square(inverse + squares, row, square, 1, HV * ROWS)
+            a_tile_t = load_square_t(inverse + squares, row, square, HV * ROWS, PRECISION)
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             grad = product(a_tile_t, grad.to(a_tile_t.dtype), zero, PRECISION)
         store_rows(dw + target, grad, row, value, HV * V, V)
@@ -84,15 +89,16 @@ def chunk_scan_bwd_kernel(
             if HAS_GATE:
                 rate *= from_start
             read_k = grad * -rate[:, None]
+        q_tiles = load_key_tiles(q + source, row, col, H * K, count, K, NK, PRECISION)
         before = ()
         for b in tl.static_range(NK):
             tile = state[b]
             if HAS_GATE:
                 tile *= total
-            q_tile_t = load_rows_t(q + source, row, b * BK + col, H * K, count, K)
+            q_tile_t = key_tile_t(q_tiles, b, q + source, row, col, H * K, count, K, PRECISION)
             tile = product(q_tile_t, read_q.to(q_tile_t.dtype), tile, PRECISION)
             if HAS_DELTA:
-                k_tile_t = load_rows_t(k + source, row, b * BK + col, H * K, count, K)
+                k_tile_t = key_tile_t(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
                 tile = product(k_tile_t, read_k.to(k_tile_t.dtype), tile, PRECISION)
             before = before + (tile,)  # type: ignore[assignment]
         state = before

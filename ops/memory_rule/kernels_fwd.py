@@ -114,6 +114,50 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @helper
+def load_key_tiles(
+    base, row, col, stride: tl.constexpr, count, width: tl.constexpr, NK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The NK tiles of a chunk's keys, where they are loaded once for two products. float32 tiles would fill the
+    registers: there the tuple is empty, and each product loads its own."""
+    tiles = ()
+    if PRECISION != "ieee":
+        for b in tl.static_range(NK):
+            tiles = tiles + (load_rows(base, row, col + b * col.shape[0], stride, count, width),)
+    return tiles
+
+
+@helper
+def key_tile(
+    tiles, b: tl.constexpr, base, row, col, stride: tl.constexpr, count, width: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Tile b of :func:`load_key_tiles`."""
+    if PRECISION != "ieee":
+        return tiles[b]
+    else:
+        return load_rows(base, row, col + b * col.shape[0], stride, count, width)
+
+
+@helper
+def key_tile_t(
+    tiles, b: tl.constexpr, base, row, col, stride: tl.constexpr, count, width: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The transpose of :func:`key_tile`."""
+    if PRECISION != "ieee":
+        return tl.trans(tiles[b])
+    else:
+        return load_rows_t(base, row, col + b * col.shape[0], stride, count, width)
+
+
+@helper
+def load_square_t(base, row, col, row_stride: tl.constexpr, PRECISION: tl.constexpr):
+    """The transpose of a ``[64, 64]`` matrix of a chunk."""
+    if PRECISION != "ieee":
+        return tl.trans(load_square(base, row, col, row_stride, 1))
+    else:
+        return load_square(base, row, col, 1, row_stride)
+
+
+@helper
 def load_gate(g, row, count, HV: tl.constexpr):
     """log decay of a chunk as (high, low) parts: sums of the high parts, multiples of 2^-10, are exact."""
     gate = tl.maximum(tl.load(g + row * HV, mask=row < count, other=0.0).to(tl.float32), STRONGEST)
@@ -243,6 +287,7 @@ def chunk_scan_kernel(
         first, count = chunk * ROWS, length - step * ROWS
         source = (first * H + head // (HV // H)) * K
         target = (first * HV + head) * V
+        k_tiles = load_key_tiles(k + source, row, col, H * K, count, K, NK, PRECISION)
         v_tile = load_rows(v + target, row, value, HV * V, count, V).to(tl.float32)
         if HAS_GATE:
             high, low = load_gate(g + first * HV + head, row, count, HV)
@@ -252,7 +297,7 @@ def chunk_scan_kernel(
         if HAS_DELTA:
             read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             for b in tl.static_range(NK):
-                k_tile = load_rows(k + source, row, b * BK + col, H * K, count, K)
+                k_tile = key_tile(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
                 read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
             if HAS_GATE:
                 read *= from_start[:, None]
@@ -266,7 +311,7 @@ def chunk_scan_kernel(
             v_tile *= to_end[:, None]
         after = ()
         for b in tl.static_range(NK):
-            k_tile_t = load_rows_t(k + source, row, b * BK + col, H * K, count, K)
+            k_tile_t = key_tile_t(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
             tile = state[b]
             if HAS_GATE:
                 tile *= total

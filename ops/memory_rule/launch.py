@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._kernel_variant import KernelVariant
+from .._kernel_variant import SHARED_MEMORY_KB, KernelVariant
 from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from .._layout import CHUNK
 from .._triton import INTERPRET
@@ -16,6 +18,9 @@ from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bw
 from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
 from .kernels_recurrent import recurrent_kernel
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
+
+LARGE_KB = 200
+"""Shared memory from which the scans take larger blocks."""
 
 
 class _Heads(NamedTuple):
@@ -30,10 +35,11 @@ class _Heads(NamedTuple):
     delta: bool
 
 
-def _config(kernel: Any, heads: _Heads) -> tuple[Config, int]:
-    """A kernel's configuration, and its programs along V. It fits the smallest shared memory that is served (99 KiB).
+def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
+    """A kernel's configuration for thread blocks of ``shared_kb`` KiB of shared memory, and its programs along V.
 
-    One stage always: Triton 3.6 misses the fence between pipelined loads and the asynchronous products of sm_90.
+    One stage where a product takes two plain loads: Triton 3.6 misses the fence between pipelined loads and the
+    asynchronous products of sm_90. The scans' products each have a computed operand, and so the fence.
     """
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
@@ -49,16 +55,28 @@ def _config(kernel: Any, heads: _Heads) -> tuple[Config, int]:
         constants["HAS_DELTA"] = heads.delta
     if kernel is chunk_pairs_kernel:
         return Config(constants, warps), 1
+    stages = 1
     if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
-        bv = min(value, 16 if wide else 32)
+        bv = min(value, 16 if wide else 64 if shared_kb >= LARGE_KB else 32)
         constants["NK"] = cdiv(heads.K, bk)
+        if kernel is chunk_scan_kernel and not wide and shared_kb >= LARGE_KB:
+            stages = 2
     split = kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel, chunk_out_kernel)
-    return Config(constants | {"V": heads.V, "BV": bv}, warps), cdiv(heads.V, bv) if split else 1
+    return Config(constants | {"V": heads.V, "BV": bv}, warps, stages), cdiv(heads.V, bv) if split else 1
+
+
+@cache
+def _shared_kb(device: torch.device) -> int:
+    """Shared memory of a thread block, in KiB; that of the smallest GPUs for the interpreter."""
+    if device.type != "cuda":
+        return min(SHARED_MEMORY_KB.values())
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin // 1024
 
 
 def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
     """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
-    config, blocks = _config(kernel, heads)
+    config, blocks = _config(kernel, heads, _shared_kb(next(x.device for x in args if isinstance(x, Tensor))))
     launch(kernel, (programs, blocks), config, *args)
 
 
@@ -256,11 +274,25 @@ def variants() -> Iterator[KernelVariant]:
             for key, value in shapes:
                 for gate, delta in ((False, False), (True, False), (False, True), (True, True)):
                     if not (kernel is chunk_out_kernel and delta):
-                        yield _variant(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
+                        yield from _variants(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
 
 
-def _variant(kernel: Any, heads: _Heads) -> KernelVariant:
-    config, _ = _config(kernel, heads)
+def _variants(kernel: Any, heads: _Heads) -> Iterator[KernelVariant]:
+    """One for each configuration that differs between the architectures."""
+    served: list[tuple[Config, list[int]]] = []
+    for architecture, shared_kb in SHARED_MEMORY_KB.items():
+        config, _ = _config(kernel, heads, shared_kb)
+        for known, architectures in served:
+            if known == config:
+                architectures.append(architecture)
+                break
+        else:
+            served.append((config, [architecture]))
+    for config, architectures in served:
+        yield replace(_variant(kernel, heads, config), architectures=tuple(architectures))
+
+
+def _variant(kernel: Any, heads: _Heads, config: Config) -> KernelVariant:
     absent = (() if heads.gate else _GATE_ONLY) + (() if heads.delta else _DELTA_ONLY)
     if kernel is chunk_scan_kernel and not heads.delta:
         absent += ("v_new",)

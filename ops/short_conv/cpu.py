@@ -79,11 +79,20 @@ def short_conv_fwd(
     width = weight.shape[1]
     value, taps = x.to(dtype), weight.to(dtype)
     real = row_mask(segment_start, segment_length, chunk_segment).to(dtype).unsqueeze(1)
-    y = torch.empty_like(value)
-    for low, start, end in _blocks(x.shape[0], width):
-        torch.mul(_activate(_linear(value, taps, low, start, end), activation), real[start:end], out=y[start:end])
     rows, window, _ = _heads(value, initial_state, width, segment_start, segment_length)
-    y[rows] = _activate((window * taps).sum(-1), activation)
+    # The same sums in the same order for every row, and one activation for all: a row's bits must not depend on which
+    # rows lie beside it, and vectorised code treats the end of a tensor in its own way.
+    heads = window[..., -1] * taps[:, -1]
+    for position in range(width - 2, -1, -1):
+        heads.addcmul_(window[..., position], taps[:, position])
+    rows, order = rows.sort()
+    bounds = torch.searchsorted(rows, torch.arange(0, x.shape[0] + BLOCK, BLOCK)).tolist()
+    y = torch.empty_like(value)
+    for block, (low, start, end) in enumerate(_blocks(x.shape[0], width)):
+        linear = _linear(value, taps, low, start, end)
+        inside = slice(bounds[block], bounds[block + 1])
+        linear[rows[inside] - start] = heads[order[inside]]
+        torch.mul(_activate(linear, activation), real[start:end], out=y[start:end])
     final_state = _take(value, initial_state, _final_source(width, segment_start, segment_length), width)
     return y.to(x.dtype), final_state.to(x.dtype).contiguous()
 
