@@ -18,9 +18,8 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit status; user errors print one line and give 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser with the options of the subcommand that ``arguments`` name."""
     parser = argparse.ArgumentParser(prog="mom-compile", description=__doc__)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
@@ -31,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f".commands.{name}", __package__)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit status; user errors print one line and give 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(arguments)
     args = parser.parse_args(arguments)
     if args.version:
         from . import __version__

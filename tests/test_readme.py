@@ -1,11 +1,14 @@
-"""The Python examples of the README run as they stand."""
+"""The Python examples of the README run as they stand, and its command lines parse."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from mom_compile.cli import make_parser
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
@@ -19,3 +22,15 @@ def test_example(index: int) -> None:
 def test_the_readme_leads_with_the_two_commands() -> None:
     text = README.read_text()
     assert text.index("make demo") < text.index("make test") < text.index("## What MoM is")
+
+
+def test_the_command_lines_parse() -> None:
+    commands = [
+        shlex.split(line.split("#")[0])
+        for path in (README, README.parent / "CONTRIBUTING.md")
+        for line in path.read_text().splitlines()
+        if line.startswith("mom-compile ")
+    ]
+    assert {command[1] for command in commands} >= {"train", "export", "verify", "generate"}
+    for command in commands:
+        make_parser(command[1:]).parse_args(command[1:])
