@@ -21,10 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
     import time
+    from pathlib import Path
 
     from ..export.artifact import is_artifact
     from ..tokenizer import load_tokenizer
 
+    if not Path(args.folder).is_dir():
+        raise ValueError(f"folder must be that of a checkpoint or an artifact, got {args.folder!r}, which is no folder")
     tokenizer = load_tokenizer(args.folder)
     ids = tokenizer.encode(args.prompt)
     if not ids:
