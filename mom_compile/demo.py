@@ -19,8 +19,9 @@ from .data import TextData, read_texts, tokenize
 from .evaluate import evaluate
 from .model import MoMForCausalLM
 from .ngram import ngram_bits_per_byte
+from .run_folder import MODEL
 from .tokenizer import ByteTokenizer
-from .train import MODEL, TrainConfig, Trainer
+from .train import TrainConfig, Trainer
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer

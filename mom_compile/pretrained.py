@@ -12,6 +12,7 @@ from torch import Tensor
 from ._files import atomic_directory, read_json, read_safetensors, write_json, write_safetensors
 from .config import MoMConfig
 from .fla_checkpoint import convert_fla_checkpoint, is_fla_checkpoint
+from .run_folder import model_folder
 
 if TYPE_CHECKING:
     from .model import MoMForCausalLM
@@ -49,7 +50,8 @@ def from_pretrained(
     """Read a checkpoint folder, ours or flash-linear-attention's ``MomForCausalLM``.
 
     Args:
-        directory: holds config.json and model.safetensors (or its shards with an index).
+        directory: holds config.json and model.safetensors (or its shards with an index); a run folder of
+            ``mom-compile train`` stands for its model.
         device: where the parameters go; the CPU by default.
         dtype: their dtype; None keeps that of the file.
 
@@ -61,7 +63,7 @@ def from_pretrained(
     """
     from .model import MoMForCausalLM
 
-    folder = Path(directory)
+    folder = model_folder(directory)
     if not folder.is_dir():
         raise ValueError(f"directory must be a checkpoint folder, got {str(folder)!r}; no such folder exists")
     config = MoMConfig.from_dict(read_json(folder / CONFIG_FILE))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._extras import require
+from .run_folder import model_folder
 
 BYTE_VOCAB_SIZE = 257
 TOKENIZER_FILE = "tokenizer.json"
@@ -228,7 +229,7 @@ def load_tokenizer(source: str | os.PathLike[str], vocab_size: int | None = None
     """
     if source == "byte":
         return ByteTokenizer()
-    path = Path(source)
+    path = model_folder(source)
     if not path.is_dir():
         return TokenizersFile(path)
     if (path / TOKENIZER_FILE).is_file():

@@ -41,10 +41,9 @@ from .model import MoMForCausalLM
 from .optim import clip_gradients, learning_rate_at, make_adamw
 from .plots import plot_run
 from .pretrained import write_model
+from .run_folder import CHECKPOINT, MODEL
 from .tokenizer import Tokenizer, load_tokenizer
 
-CHECKPOINT = "checkpoint"
-MODEL = "model"
 METRICS_FILE = "metrics.jsonl"
 CHANGEABLE = (
     "data",

@@ -54,6 +54,13 @@ def test_fla_checkpoint_compiled() -> None:
     assert relative(model(expected["input_ids"]).logits, expected["logits"]) < 1e-5
 
 
+def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"train": {}}')
+    assert MoMForCausalLM.from_pretrained(tmp_path).config == model.config
+
+
 def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(FLA), str(tmp_path / "ours")]) == 0
     assert "update rule gated_delta" in capsys.readouterr().out

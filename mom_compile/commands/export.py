@@ -18,13 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from ..export import to_onnx
     from ..model import MoMForCausalLM
+    from ..run_folder import model_folder
 
     model = MoMForCausalLM.from_pretrained(args.checkpoint)
-    tokenizer = Path(args.checkpoint) / "tokenizer.json"
+    tokenizer = model_folder(args.checkpoint) / "tokenizer.json"
     report = to_onnx(
         model,
         args.target,

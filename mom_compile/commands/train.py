@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ..checkpoint import read_trainer_state
     from ..config import MoMConfig
+    from ..run_folder import CHECKPOINT
     from ..tokenizer import load_tokenizer
-    from ..train import CHECKPOINT, TrainConfig, Trainer
+    from ..train import TrainConfig, Trainer
 
     given = vars(args)
     settings: dict[str, Any] = {name: given[name] for name in (*_TRAIN, "data", "tokenizer", "device") if name in given}
