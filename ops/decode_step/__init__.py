@@ -96,7 +96,7 @@ def decode_step_(
     shared: bool = True,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`decode_step` that advances ``recurrent_state`` and ``conv_state`` in place, touching selected memories only.
+    """:func:`decode_step` with the selected memories of ``recurrent_state`` and ``conv_state`` advanced in place.
 
     Args:
         q, kv, router_logits, router_indices, router_weights, a, b, A_log, dt_bias, conv_weight, valid, rule, topk, \
