@@ -17,7 +17,7 @@ PLAIN, RMS_NORM, GATED_RMS_NORM, SWIGLU = (tl.constexpr(code) for code in range(
 def _whole_row(
     x, norm_weight, gate, row, gate_stride, eps, INPUT: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr
 ):
-    """f(x) of one row ``[BF]``, rounded to the dtype of x, as float32. V and BF are powers of two for a norm by head."""
+    """f(x) of one row ``[BF]``, rounded to the dtype of x, as float32. A norm by head needs powers of two."""
     feature = tl.arange(0, BF)
     mask = feature < F
     source = x + row * (F * (2 if INPUT == SWIGLU else 1)) + feature
@@ -55,7 +55,7 @@ def _small_product(
 @triton.jit(do_not_specialize=["gate_stride", "eps"])
 def decode_row_kernel(
     x, weight, norm_weight, gate, residual, small_weight, y, small, gate_stride, eps,
-    F: tl.constexpr, O: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
+    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
     BO: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One row and a block of outputs: the first BLOCKS programs of a row of ``weight``, the others of the small one."""
@@ -67,15 +67,15 @@ def decode_row_kernel(
     feature = tl.arange(0, BF)
     if block < BLOCKS:
         output = block * BO + tl.arange(0, BO)
-        mask = (output < O)[:, None] & (feature < F)[None, :]
+        mask = (output < OUT)[:, None] & (feature < F)[None, :]
         # The weights first: they are on their way while the row is prepared.
         tile = tl.load(weight + output.to(tl.int64)[:, None] * F + feature[None, :], mask=mask, other=0.0)
         value = _whole_row(x, norm_weight, gate, row, gate_stride, eps, INPUT, F, V, BF)
         total = tl.sum(tile.to(tl.float32) * value[None, :], 1)
-        target = row * O + output
+        target = row * OUT + output
         if residual is not None:
-            total = total + tl.load(residual + target, mask=output < O, other=0.0).to(tl.float32)
-        tl.store(y + target, total.to(y.dtype.element_ty), mask=output < O)
+            total = total + tl.load(residual + target, mask=output < OUT, other=0.0).to(tl.float32)
+        tl.store(y + target, total.to(y.dtype.element_ty), mask=output < OUT)
     else:
         if P > 0:
             _small_product(
@@ -87,7 +87,7 @@ def decode_row_kernel(
 @triton.jit(do_not_specialize=["rows", "gate_stride", "eps"])
 def decode_rows_kernel(
     x, weight, norm_weight, gate, residual, small_weight, y, small, rows, gate_stride, eps,
-    F: tl.constexpr, O: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
+    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
     BO: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def decode_rows_kernel(
         total = tl.zeros([BR, BO], tl.float32)
         for start in tl.range(0, F, BC, num_stages=STAGES):
             inside = column < F - start
-            tile = tl.load(weights + start, mask=inside[:, None] & (output < O)[None, :], other=0.0)
+            tile = tl.load(weights + start, mask=inside[:, None] & (output < OUT)[None, :], other=0.0)
             value = tl.load(source + start, mask=real & inside[None, :], other=0.0)
             if INPUT == RMS_NORM:
                 factor = tl.load(norm_weight + start + column, mask=inside, other=0.0).to(tl.float32)
@@ -136,8 +136,8 @@ def decode_rows_kernel(
             if INTERPRET:  # it multiplies the bits of 16-bit numbers
                 value, tile = value.to(tl.float32), tile.to(tl.float32)
             total = tl.dot(value, tile, total)
-        target = row.to(tl.int64)[:, None] * O + output[None, :]
-        mask = real & (output < O)[None, :]
+        target = row.to(tl.int64)[:, None] * OUT + output[None, :]
+        mask = real & (output < OUT)[None, :]
         if residual is not None:
             total = total + tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
         tl.store(y + target, total.to(y.dtype.element_ty), mask=mask)

@@ -40,14 +40,14 @@ def _row_config(features: int, outputs: int, small: int, input: str, head: int, 
     constants = _row_constants(features, input, head)
     size = constants["BF"] * (2 if dtype == torch.float32 else 1)
     block = _block(size, outputs, 16)
-    constants |= {"O": outputs, "P": small, "BO": block, "BP": max(min(4096 // constants["BF"], 4), 1)}
+    constants |= {"OUT": outputs, "P": small, "BO": block, "BP": max(min(4096 // constants["BF"], 4), 1)}
     return Config(constants | {"BLOCKS": cdiv(outputs, block)})
 
 
 def _rows_config(features: int, outputs: int, small: int, input: str, head: int, rows: int) -> Config:
     constants = _row_constants(features, input, head)
     block = 32 if cdiv(outputs, 32) >= PROGRAMS // 2 else 16
-    constants |= {"O": outputs, "P": small, "BO": block, "BP": max(min(4096 // constants["BF"], 4), 1)}
+    constants |= {"OUT": outputs, "P": small, "BO": block, "BP": max(min(4096 // constants["BF"], 4), 1)}
     constants |= {"BLOCKS": cdiv(outputs, block), "BR": 16 if rows <= 16 else 32}
     constants["BC"] = head if input == "gated_rms_norm" else min(constants["BF"], 128)
     constants |= {"STAGES": 4 if constants["BC"] <= 128 else 3, "INTERPRET": INTERPRET}
