@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import decode_linear, decode_step_
+from .ops import decode_linear, decode_linear_, decode_step_
 from .projections import small_weights, split_small
 from .state import LayerState, State, check_state
 
@@ -27,7 +27,7 @@ class _Layer(NamedTuple):
     attention: MoMAttention
     attn_norm: Tensor
     wide: Tensor  # q, keys and values of every memory, output gate
-    small: Tensor | None  # router, beta, decay: float32
+    small: Tensor  # router, beta, decay: float32
     o_norm: Tensor
     o_proj: Tensor
     mlp_norm: Tensor
@@ -174,12 +174,12 @@ class DecodeSession:
         eps = self.config.norm_eps
         x = F.embedding(self._ids, self._embedding)
         for layer, state in zip(self._layers, self._state, strict=True):
-            x = _block(layer, state, x, eps)
+            _block(layer, state, x, eps)
         return decode_linear(x, self._head, input="rms_norm", norm_weight=self._norm, eps=eps)[0]
 
 
-def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> Tensor:
-    """One block's step: x ``[B, D]``, the state in place."""
+def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> None:
+    """One block's step on x ``[B, D]`` and the state, both in place."""
     attention, config = layer.attention, layer.attention.config
     batch, groups = x.shape[0], attention.kv_proj.shape[0]
     wide, small = decode_linear(
@@ -187,9 +187,8 @@ def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> Tensor:
     )
     key_size, value_size = attention.key_size, attention.value_size
     kv_size = groups * (key_size + value_size)
-    logits = a = b = None
-    if small is not None:
-        logits, b, a = split_small(attention, small.unsqueeze(1))
+    assert small is not None
+    logits, b, a = split_small(attention, small.unsqueeze(1))
     o = decode_step_(
         wide[:, :key_size].unsqueeze(1),
         torch.unflatten(wide[:, key_size : key_size + kv_size], 1, (1, groups, key_size + value_size)),
@@ -207,31 +206,29 @@ def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> Tensor:
         scale=attention.scale,
     )
     gate = wide[:, key_size + kv_size :] if config.use_output_gate else None
-    x, _ = decode_linear(
-        o.view(batch, value_size), layer.o_proj, input="gated_rms_norm", norm_weight=layer.o_norm, gate=gate,
-        residual=x, eps=eps,
-    )  # fmt: skip
+    decode_linear_(
+        x, o.view(batch, value_size), layer.o_proj, input="gated_rms_norm", norm_weight=layer.o_norm, gate=gate, eps=eps
+    )
     hidden, _ = decode_linear(x, layer.gate_up, input="rms_norm", norm_weight=layer.mlp_norm, eps=eps)
-    return decode_linear(hidden, layer.down, input="swiglu", residual=x)[0]
+    decode_linear_(x, hidden, layer.down, input="swiglu")
 
 
-def _gather(block: torch.nn.Module) -> _Layer:
+def _gather(block: Any) -> _Layer:
     attention, mlp = block.attn, block.mlp
-    wide = [attention.q_proj.weight, attention.kv_proj.flatten(0, 1)]  # type: ignore[union-attr]
-    if attention.config.use_output_gate:  # type: ignore[union-attr]
-        wide.append(attention.g_proj.weight)  # type: ignore[union-attr]
-    dtype = torch.promote_types(attention.q_proj.weight.dtype, torch.float32)  # type: ignore[union-attr]
-    small = [weight.to(dtype) for weight in small_weights(attention)]  # type: ignore[arg-type]
+    wide = [attention.q_proj.weight, attention.kv_proj.flatten(0, 1)]
+    if attention.config.use_output_gate:
+        wide.append(attention.g_proj.weight)
+    dtype = torch.promote_types(attention.q_proj.weight.dtype, torch.float32)
     return _Layer(
-        attention,  # type: ignore[arg-type]
-        block.attn_norm.weight.detach(),  # type: ignore[union-attr]
+        attention,
+        block.attn_norm.weight.detach(),
         torch.cat(wide).detach(),
-        torch.cat(small).detach(),
-        attention.o_norm.weight.detach(),  # type: ignore[union-attr]
-        attention.o_proj.weight.detach(),  # type: ignore[union-attr]
-        block.mlp_norm.weight.detach(),  # type: ignore[union-attr]
-        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),  # type: ignore[union-attr]
-        mlp.down_proj.weight.detach(),  # type: ignore[union-attr]
+        torch.cat([weight.to(dtype) for weight in small_weights(attention)]).detach(),
+        attention.o_norm.weight.detach(),
+        attention.o_proj.weight.detach(),
+        block.mlp_norm.weight.detach(),
+        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
+        mlp.down_proj.weight.detach(),
     )
 
 

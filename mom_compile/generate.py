@@ -103,35 +103,35 @@ def generate(
     logits: Tensor | None = None
     last = _last_token(attention_mask, batch, length, input_ids.device)
     for start in range(0, length, PREFILL_TOKENS):
-        stop = min(start + PREFILL_TOKENS, length)
-        mask = None if attention_mask is None else attention_mask[:, start:stop]
-        out = model(input_ids[:, start:stop], state=state, attention_mask=mask)
+        end = min(start + PREFILL_TOKENS, length)
+        mask = None if attention_mask is None else attention_mask[:, start:end]
+        out = model(input_ids[:, start:end], state=state, attention_mask=mask)
         state = out.state
-        rows = out.logits[torch.arange(batch, device=last.device), (last - start).clamp(0, stop - start - 1)]
-        here = (last >= start) & (last < stop)
+        rows = out.logits[torch.arange(batch, device=last.device), (last - start).clamp(0, end - start - 1)]
+        here = (last >= start) & (last < end)
         logits = rows if logits is None else torch.where(here.unsqueeze(1), rows, logits)
     assert logits is not None
     assert state is not None
     step = _decoder(model, state, decode, session)
-    stops = eos_token_id is not None and eos_token_id >= 0
+    stop = -1 if eos_token_id is None else eos_token_id
     pieces = [input_ids]
     done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     for index in range(max_new_tokens):
         token = sample(logits, temperature, top_p, generator)
-        if stops:
-            token = torch.where(done, eos_token_id, token)
-            done = done | (token == eos_token_id)
+        if stop >= 0:
+            token = torch.where(done, stop, token)
+            done = done | (token == stop)
         pieces.append(token.unsqueeze(1))
         if on_token is not None:
             on_token(token)
         # Reading `done` waits for the device: at every token only where someone listens to them.
         look = on_token is not None or not done.is_cuda or (index + 1) % STOP_INTERVAL == 0
-        if index + 1 == max_new_tokens or (stops and look and bool(done.all())):
+        if index + 1 == max_new_tokens or (stop >= 0 and look and bool(done.all())):
             break
         logits = step(token)
     out = torch.cat(pieces, 1)
-    if stops:
-        finished = (out[:, length:] == eos_token_id).cumsum(1).clamp(max=1).prod(0)
+    if stop >= 0:
+        finished = out[:, length:].eq(stop).cumsum(1).clamp(max=1).prod(0)
         out = out[:, : length + min(finished.shape[0], int((finished == 0).sum()) + 1)]
     return out
 

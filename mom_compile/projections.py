@@ -31,7 +31,7 @@ class Gates(NamedTuple):
 
 
 class SmallProducts(NamedTuple):
-    """The float32 projections: ``logits`` ``[B, T, M]``, ``b`` and ``a`` ``[B, T, G, HV]``; None where there is none."""
+    """Projections in float32: ``logits`` ``[B, T, M]``, ``b`` and ``a`` ``[B, T, G, HV]``; None where there is none."""
 
     logits: Tensor | None
     b: Tensor | None

@@ -9,7 +9,7 @@ if __name__ != "mom_compile.ops":
 
 from ._layout import CHUNK
 from .combine import combine
-from .decode_linear import decode_linear
+from .decode_linear import decode_linear, decode_linear_
 from .decode_step import decode_step, decode_step_
 from .dispatch import DispatchPlan, dispatch
 from .gated_rms_norm import gated_rms_norm
@@ -48,6 +48,7 @@ __all__ = [
     "chunk_retention",
     "combine",
     "decode_linear",
+    "decode_linear_",
     "decode_step",
     "decode_step_",
     "dispatch",

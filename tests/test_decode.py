@@ -63,7 +63,8 @@ def test_compiled() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    model = tiny_model().to(dtype)
+    # Every memory is selected: rounding cannot change the routing.
+    model = tiny_model(topk=4).to(dtype)
     ids = tokens(2, 12)
     state = model(ids[:, :8]).state
     session = DecodeSession(model, 2, graph=False)
@@ -110,13 +111,13 @@ def test_messages() -> None:
         (lambda: session.load(model.init_state(2)[:1]), "state must have one entry for each of the 2 layers, got 1"),
         (
             lambda: session.load(model.init_state(2, dtype=torch.bfloat16)),
-            "must have the session's dtype torch.float32",
+            "must have the session's dtype",
         ),
         (lambda: session.step(tokens(3, 1)[:, 0]), r"ids must be \[B\] = \(2,\), got shape \(3,\)"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
-    model.model.layers[0].attn.router.double()
+    model.model.layers.double()
     with pytest.raises(ValueError, match="model must have its own routers"):
         DecodeSession(model, 2)

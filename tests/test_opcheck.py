@@ -93,8 +93,11 @@ def _samples() -> dict[str, Sample]:
         "grouped_linear_dweight": lambda: (_rows(plan, 6).detach(), _rows(plan, 5).detach(), plan.group_offset),
         "chunk_rule_bwd": _chunk_bwd,
         "decode_linear": lambda: (
-            torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), None, torch.randn(2, 5), torch.randn(3, 6), "rms_norm",
-            1e-6,
+            torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), None, torch.randn(3, 6), "rms_norm", 1e-6,
+        ),
+        "decode_linear_": lambda: (
+            torch.randn(2, 5), torch.randn(2, 6), torch.randn(5, 6), torch.rand(3), torch.randn(2, 6),
+            "gated_rms_norm", 1e-6,
         ),
         "decode_step": _decode_step,
         "decode_step_": _decode_step,

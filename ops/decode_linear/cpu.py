@@ -23,13 +23,9 @@ def prepare(x: Tensor, norm_weight: Tensor | None, gate: Tensor | None, input: s
     return value.to(x.dtype)
 
 
-def products(
-    value: Tensor, weight: Tensor, residual: Tensor | None, small_weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Both products of f(x); an absent one is ``[0]``."""
-    y = value @ weight.t() if residual is None else torch.addmm(residual, value, weight.t())
-    small = value.new_empty(0) if small_weight is None else value.to(small_weight.dtype) @ small_weight.t()
-    return y, small
+def product(value: Tensor, weight: Tensor, y: Tensor | None) -> Tensor:
+    """``value W^T``, added to ``y`` in place where there is one."""
+    return value @ weight.t() if y is None else y.addmm_(value, weight.t())
 
 
 def decode_linear(
@@ -37,9 +33,12 @@ def decode_linear(
     weight: Tensor,
     norm_weight: Tensor | None,
     gate: Tensor | None,
-    residual: Tensor | None,
     small_weight: Tensor | None,
     input: str,
     eps: float,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return products(prepare(x, norm_weight, gate, input, eps), weight, residual, small_weight)
+    """Arguments as ``mom::decode_linear``; with ``y`` the product is added to it in place."""
+    value = prepare(x, norm_weight, gate, input, eps)
+    small = x.new_empty(0) if small_weight is None else value.to(small_weight.dtype) @ small_weight.t()
+    return product(value, weight, y), small

@@ -54,11 +54,12 @@ def _small_product(
 
 @triton.jit(do_not_specialize=["gate_stride", "eps"])
 def decode_row_kernel(
-    x, weight, norm_weight, gate, residual, small_weight, y, small, gate_stride, eps,
+    x, weight, norm_weight, gate, small_weight, y, small, gate_stride, eps,
     F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
-    BO: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr,
+    BO: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One row and a block of outputs: the first BLOCKS programs of a row of ``weight``, the others of the small one."""
+    """One row and a block of outputs: first of ``weight`` (added to y where ADD), then of the small one."""
+    BLOCKS: tl.constexpr = (OUT + BO - 1) // BO
     PROGRAMS: tl.constexpr = BLOCKS + (P + BP - 1) // BP
     pid = tl.program_id(0)
     # Rows next to each other share the weights in cache.
@@ -73,8 +74,8 @@ def decode_row_kernel(
         value = _whole_row(x, norm_weight, gate, row, gate_stride, eps, INPUT, F, V, BF)
         total = tl.sum(tile.to(tl.float32) * value[None, :], 1)
         target = row * OUT + output
-        if residual is not None:
-            total = total + tl.load(residual + target, mask=output < OUT, other=0.0).to(tl.float32)
+        if ADD:
+            total += tl.load(y + target, mask=output < OUT, other=0.0).to(tl.float32)
         tl.store(y + target, total.to(y.dtype.element_ty), mask=output < OUT)
     else:
         if P > 0:
@@ -84,79 +85,22 @@ def decode_row_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "gate_stride", "eps"])
-def decode_rows_kernel(
-    x, weight, norm_weight, gate, residual, small_weight, y, small, rows, gate_stride, eps,
-    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
-    BO: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """All rows (at most BR) and a block of outputs; after BLOCKS programs, one row and a block of the small product.
-
-    BC features at a time: V of them for a norm by head.
-    """
-    pid = tl.program_id(0)
-    if pid < BLOCKS:
-        output = pid * BO + tl.arange(0, BO)
-        row = tl.arange(0, BR)
-        column = tl.arange(0, BC)
-        source = x + row.to(tl.int64)[:, None] * (F * (2 if INPUT == SWIGLU else 1)) + column[None, :]
-        gating = column
-        if gate is not None:
-            gating = gate + row.to(tl.int64)[:, None] * gate_stride + column[None, :]
-        weights = weight + output.to(tl.int64)[None, :] * F + column[:, None]
-        real = (row < rows)[:, None]
-        rstd = tl.full([BR], 1.0, tl.float32)
-        if INPUT == RMS_NORM:
-            square = tl.zeros([BR, BC], tl.float32)
-            for start in range(0, F, BC):
-                value = tl.load(source + start, mask=real & (column < F - start)[None, :], other=0.0).to(tl.float32)
-                square += value * value
-            rstd = 1.0 / tl.sqrt(tl.sum(square, 1) / F + eps)
-        total = tl.zeros([BR, BO], tl.float32)
-        for start in tl.range(0, F, BC, num_stages=STAGES):
-            inside = column < F - start
-            tile = tl.load(weights + start, mask=inside[:, None] & (output < OUT)[None, :], other=0.0)
-            value = tl.load(source + start, mask=real & inside[None, :], other=0.0)
-            if INPUT == RMS_NORM:
-                factor = tl.load(norm_weight + start + column, mask=inside, other=0.0).to(tl.float32)
-                value = value.to(tl.float32) * rstd[:, None] * factor[None, :]
-            if INPUT == GATED_RMS_NORM:
-                factor = tl.load(norm_weight + column).to(tl.float32)
-                value = value.to(tl.float32)
-                value = value * (1.0 / tl.sqrt(tl.sum(value * value, 1) / V + eps))[:, None] * factor[None, :]
-                if gate is not None:
-                    part = tl.load(gating + start, mask=real, other=0.0).to(tl.float32)
-                    value = value * part * tl.sigmoid(part)
-            if INPUT == SWIGLU:
-                value = value.to(tl.float32)
-                value = value * tl.sigmoid(value)
-                value = value * tl.load(source + F + start, mask=real & inside[None, :], other=0.0).to(tl.float32)
-            value = value.to(x.dtype.element_ty)
-            if INTERPRET:  # it multiplies the bits of 16-bit numbers
-                value, tile = value.to(tl.float32), tile.to(tl.float32)
-            total = tl.dot(value, tile, total)
-        target = row.to(tl.int64)[:, None] * OUT + output[None, :]
-        mask = real & (output < OUT)[None, :]
-        if residual is not None:
-            total = total + tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + target, total.to(y.dtype.element_ty), mask=mask)
-    else:
-        if P > 0:
-            blocks = (P + BP - 1) // BP
-            _small_product(
-                x, norm_weight, gate, small_weight, small, ((pid - BLOCKS) // blocks).to(tl.int64),
-                (pid - BLOCKS) % blocks, gate_stride, eps, INPUT, F, P, V, BF, BP,
-            )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["gate_stride", "eps"])
 def decode_prepare_kernel(
-    x, norm_weight, gate, result, gate_stride, eps,
-    F: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
+    x, norm_weight, gate, small_weight, result, small, gate_stride, eps,
+    F: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """f(x) of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    feature = tl.arange(0, BF)
-    value = _whole_row(x, norm_weight, gate, row, gate_stride, eps, INPUT, F, V, BF)
-    tl.store(result + row * F + feature, value.to(result.dtype.element_ty), mask=feature < F)
+    """f(x) of one row, or a block of its small product."""
+    PROGRAMS: tl.constexpr = 1 + (P + BP - 1) // BP
+    pid = tl.program_id(0)
+    row = (pid // PROGRAMS).to(tl.int64)
+    if pid % PROGRAMS == 0:
+        feature = tl.arange(0, BF)
+        value = _whole_row(x, norm_weight, gate, row, gate_stride, eps, INPUT, F, V, BF)
+        tl.store(result + row * F + feature, value.to(result.dtype.element_ty), mask=feature < F)
+    else:
+        if P > 0:
+            _small_product(
+                x, norm_weight, gate, small_weight, small, row, pid % PROGRAMS - 1, gate_stride, eps,
+                INPUT, F, P, V, BF, BP,
+            )  # fmt: skip

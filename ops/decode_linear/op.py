@@ -22,7 +22,6 @@ def _check(
     weight: Tensor,
     norm_weight: Tensor | None,
     gate: Tensor | None,
-    residual: Tensor | None,
     small_weight: Tensor | None,
     input: str,
     eps: float,
@@ -51,40 +50,57 @@ def _check(
             raise ValueError(f"gate must be None with input {input}, got a tensor; only gated_rms_norm has a gate")
         check_shape("gate", gate, tuple(x.shape), "[N, F]")
         check_dtype("gate", gate, (x.dtype,))
-    if residual is not None:
-        check_shape("residual", residual, (x.shape[0], weight.shape[0]), "[N, O]")
-        check_dtype("residual", residual, (x.dtype,))
     if small_weight is not None:
         check_shape("small_weight", small_weight, (None, features), "[P, F]")
         check_dtype("small_weight", small_weight, (torch.promote_types(x.dtype, torch.float32),))
-    others = {"norm_weight": norm_weight, "gate": gate, "residual": residual, "small_weight": small_weight}
+    others = {"norm_weight": norm_weight, "gate": gate, "small_weight": small_weight}
     check_same_device("x", x, weight=weight, **others)
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _check(x, weight, *rest)
-    small = rest[3]
+    small = rest[2]
     return (
         x.new_empty(x.shape[0], weight.shape[0]),
         x.new_empty(0) if small is None else small.new_empty(x.shape[0], small.shape[0]),
     )
 
 
-def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+def _functional(run: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     _check(*args)
-    return cpu.decode_linear(*args)
+    return run(*args)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+def _check_in_place(
+    residual: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor | None, gate: Tensor | None, input: str, eps: float
+) -> tuple[Any, ...]:
+    args = (x, weight, norm_weight, gate, None, input, eps)
     _check(*args)
-    return launch.decode_linear(*args)
+    check_shape("residual", residual, (x.shape[0], weight.shape[0]), "[N, O]")
+    check_dtype("residual", residual, (x.dtype,))
+    check_same_device("x", x, residual=residual)
+    if not residual.is_contiguous():
+        raise ValueError("residual must be contiguous to be updated in place, got a strided one; call .contiguous()")
+    return args
+
+
+def _in_place(run: Any, values: tuple[Any, ...]) -> None:
+    run(*_check_in_place(*values), values[0])
 
 
 decode_linear = register_op(
     "decode_linear",
-    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? gate, Tensor? residual, Tensor? small_weight, str input, "
-    "float eps) -> (Tensor y, Tensor small)",
+    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? gate, Tensor? small_weight, str input, float eps) -> "
+    "(Tensor y, Tensor small)",
     fake=_fake,
-    cpu=_cpu,
-    triton=_triton,
+    cpu=lambda *args: _functional(cpu.decode_linear, args),
+    triton=lambda *args: _functional(launch.decode_linear, args),
+)
+decode_linear_in_place = register_op(
+    "decode_linear_",
+    "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? gate, str input, float eps) -> ()",
+    mutates_args=("residual",),
+    fake=lambda *args: _check_in_place(*args) and None,
+    cpu=lambda *args: _in_place(cpu.decode_linear, args),
+    triton=lambda *args: _in_place(launch.decode_linear, args),
 )

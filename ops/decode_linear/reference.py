@@ -11,12 +11,11 @@ def decode_linear_reference(
     weight: Tensor,
     norm_weight: Tensor | None,
     gate: Tensor | None,
-    residual: Tensor | None,
     small_weight: Tensor | None,
     input: str,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """``f(x) W^T + residual`` and ``f(x) P^T``, float64; arguments as :func:`mom_compile.ops.decode_linear`."""
+    """``f(x) W^T`` and ``f(x) P^T``, float64; arguments as :func:`mom_compile.ops.decode_linear`."""
     value = x.double()
     if input == "swiglu":
         left, right = value.chunk(2, 1)
@@ -27,7 +26,4 @@ def decode_linear_reference(
         value = heads.flatten(1)
         if gate is not None:
             value = value * gate.double() * torch.sigmoid(gate.double())
-    y = value @ weight.double().t()
-    if residual is not None:
-        y = y + residual.double()
-    return y, None if small_weight is None else value @ small_weight.double().t()
+    return value @ weight.double().t(), None if small_weight is None else value @ small_weight.double().t()

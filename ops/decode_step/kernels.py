@@ -98,6 +98,7 @@ def decode_state_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr,
     SHARED: tl.constexpr, SINGLE: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
     TIMES_DT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
     """One sequence, choice, value head and block of V: the state is read once and written once.
 
@@ -122,7 +123,7 @@ def decode_state_kernel(
     entry = sequence * (M + SHARED) + memory
     pointers = state + (entry * HV + head) * (K * V) + key[:, None] * V + value[None, :]
     mask = (key < K)[:, None] & (value < V)[None, :]
-    s = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
 
     CHANNELS: tl.constexpr = 2 * H * K + HV * V
     group = memory * (1 - SINGLE)
@@ -155,7 +156,7 @@ def decode_state_kernel(
         update = rate * (update - tl.sum(s * k_row[:, None], 0))
     out += update * tl.sum(k_row * q_row, 0)
     s += k_row[:, None] * update[None, :]
-    tl.store(pointers, s.to(state.dtype.element_ty), mask=mask)
+    tl.store(pointers, s.to(state.dtype.element_ty), mask=mask, eviction_policy=EVICT)
     tl.store(result, weight * out, mask=value < V)
 
 
@@ -163,16 +164,18 @@ def decode_state_kernel(
 def decode_combine_kernel(
     q, kv, logits, indices, weights, conv_state, valid, y, o, t, tokens, q_stride, kv_stride, logits_stride,
     KEYS: tl.constexpr, VALUES: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constexpr,
-    SINGLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINGLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ELEMENTS: tl.constexpr, MOVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``o`` as the sum of ``y`` over the choices, and the windows of the selected memories moved on by one input.
 
-    KEYS and VALUES are H * K and HV * V; a program takes BLOCK values of one sequence, or BLOCK channels of a window.
+    KEYS and VALUES are H * K and HV * V; a program takes BLOCK values of one sequence, or MOVED channels of a window,
+    which fill at most ELEMENTS.
     """
     CHOICES: tl.constexpr = TOPK + SHARED
     CHANNELS: tl.constexpr = 2 * KEYS + VALUES
     SUMS: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
-    MOVES: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    MOVES: tl.constexpr = (CHANNELS + MOVED - 1) // MOVED
     PROGRAMS: tl.constexpr = SUMS + CHOICES * MOVES * (WIDTH > 0)
     pid = tl.program_id(0)
     sequence = (pid // PROGRAMS).to(tl.int64)
@@ -187,19 +190,22 @@ def decode_combine_kernel(
         return
     if WIDTH > 0:
         rank = (part - SUMS) // MOVES
-        channel = (part - SUMS) % MOVES * BLOCK + tl.arange(0, BLOCK)
+        # A block of whole channels, element by element: every element takes the one after it, the last the input.
+        element = tl.arange(0, ELEMENTS)
+        first = (part - SUMS) % MOVES * MOVED
+        channel, tap = first + element // (WIDTH - 1), element % (WIDTH - 1)
+        mask = (element < MOVED * (WIDTH - 1)) & (channel < CHANNELS)
+        newest = tap == WIDTH - 2
         memory, weight, use = _selection(
             logits, indices, weights, valid, token, logits_stride, rank, M, TOPK, BLOCK_M, BLOCK_K
         )
         if use == 0:
             return
-        mask = channel < CHANNELS
         kv_row = kv + token * kv_stride + memory * (1 - SINGLE) * (KEYS + VALUES)
-        new = tl.load(q + token * q_stride + channel, mask=mask & (channel < KEYS), other=0.0).to(tl.float32)
-        new += tl.load(kv_row + channel - KEYS, mask=mask & (channel >= KEYS), other=0.0).to(tl.float32)
-        window = conv_state + ((sequence * (M + SHARED) + memory) * CHANNELS + channel) * (WIDTH - 1)
-        # From the oldest on: each slot is read before the next round overwrites it.
-        for tap in tl.static_range(WIDTH - 2):
-            moved = tl.load(window + tap + 1, mask=mask)
-            tl.store(window + tap, moved, mask=mask)
-        tl.store(window + WIDTH - 2, new.to(conv_state.dtype.element_ty), mask=mask)
+        new = tl.load(q + token * q_stride + channel, mask=mask & newest & (channel < KEYS), other=0.0).to(tl.float32)
+        new += tl.load(kv_row + channel - KEYS, mask=mask & newest & (channel >= KEYS), other=0.0).to(tl.float32)
+        window = conv_state + ((sequence * (M + SHARED) + memory) * CHANNELS + first) * (WIDTH - 1) + element
+        old = tl.load(window + 1, mask=mask & (tap < WIDTH - 2), other=0.0)
+        # Other threads read what this one overwrites.
+        tl.debug_barrier()
+        tl.store(window, tl.where(newest, new.to(conv_state.dtype.element_ty), old), mask=mask)

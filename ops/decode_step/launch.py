@@ -13,7 +13,7 @@ from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, poin
 from ..memory_rule.rules import RULES
 from .kernels import decode_combine_kernel, decode_state_kernel
 
-FEW_PROGRAMS = 256
+FEW_PROGRAMS = 64
 """Below this many states of one head, narrower tiles keep every multiprocessor busy."""
 
 
@@ -58,6 +58,7 @@ def _state_config(sizes: _Sizes, few: bool) -> Config:
         "TIMES_DT": sizes.rule == "mamba2",
         "BK": next_power_of_2(max(sizes.K, 16)),
         "BV": min(next_power_of_2(max(sizes.V, 16)), 16 if few else 32),
+        "EVICT": "",
     }
     return Config(constants, num_warps=4)
 
@@ -66,6 +67,8 @@ def _combine_config(sizes: _Sizes) -> Config:
     constants: dict[str, Any] = {"KEYS": sizes.H * sizes.K, "VALUES": sizes.HV * sizes.V}
     largest = max(constants.values())
     constants |= _routing_constants(sizes) | {"BLOCK": min(next_power_of_2(max(largest, 64)), 512)}
+    elements = 2 * constants["BLOCK"]
+    constants |= {"ELEMENTS": elements, "MOVED": elements // max(sizes.width - 1, 1)}
     return Config(constants, num_warps=4)
 
 
@@ -96,31 +99,29 @@ def decode_step(
         key_size // key_dim, value_heads, key_dim, value_dim, total - int(shared), topk, shared,
         kv.shape[2] == 1, width, rule,
     )  # fmt: skip
-    (q, q_stride), (kv, kv_stride), (logits, logits_stride), (a_rows, a_stride), (b_rows, b_stride) = (
+    (q_rows, q_stride), (kv_rows, kv_stride), (logits, logits_stride), (a_rows, a_stride), (b_rows, b_stride) = (
         _rows(x) for x in (q, kv, router_logits, a, b)
     )
     indices, weights = (None if x is None else x.contiguous() for x in (router_indices, router_weights))
     A_log, dt_bias, conv_weight = (None if x is None else x.contiguous() for x in (A_log, dt_bias, conv_weight))
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
-    assert q is not None and kv is not None
     o = q.new_empty(batch, tokens, value_heads, value_dim)
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
     state_config, combine_config = _state_config(sizes, states <= FEW_PROGRAMS), _combine_config(sizes)
     state_grid = (states * cdiv(value_dim, state_config.constants["BV"]),)
-    block = combine_config.constants["BLOCK"]
-    programs = cdiv(value_heads * value_dim, block)
+    programs = cdiv(value_heads * value_dim, combine_config.constants["BLOCK"])
     if width:
-        programs += sizes.choices * cdiv(2 * key_size + value_heads * value_dim, block)
+        programs += sizes.choices * cdiv(2 * key_size + value_heads * value_dim, combine_config.constants["MOVED"])
     for t in range(tokens):
         launch(
-            decode_state_kernel, state_grid, state_config, q, kv, logits, indices, weights, a_rows, b_rows, A_log,
-            dt_bias, conv_weight, recurrent_state, conv_state, valid, y, t, tokens, q_stride, kv_stride,
+            decode_state_kernel, state_grid, state_config, q_rows, kv_rows, logits, indices, weights, a_rows, b_rows,
+            A_log, dt_bias, conv_weight, recurrent_state, conv_state, valid, y, t, tokens, q_stride, kv_stride,
             logits_stride, a_stride, b_stride, scale,
         )  # fmt: skip
         launch(
-            decode_combine_kernel, (batch * programs,), combine_config, q, kv, logits, indices, weights, conv_state,
-            valid, y, o, t, tokens, q_stride, kv_stride, logits_stride,
+            decode_combine_kernel, (batch * programs,), combine_config, q_rows, kv_rows, logits, indices, weights,
+            conv_state, valid, y, o, t, tokens, q_stride, kv_stride, logits_stride,
         )  # fmt: skip
     return o
 
