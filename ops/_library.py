@@ -69,6 +69,8 @@ def _on_cpu(function: Callable[..., Any], args: Sequence[Any], written: Sequence
     for position in written:
         if moved[position] is not None:
             args[position].copy_(moved[position])
+    if results is None:
+        return None
     if isinstance(results, Tensor):
         return results.to(device)
     return tuple(x.to(device) for x in results)

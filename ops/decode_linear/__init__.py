@@ -23,7 +23,7 @@ def decode_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """``f(x) W^T`` and, from the same f(x), a float32 product with ``small_weight``.
 
-    One row reads the weights at the speed of memory; more go to the matrix product of torch.
+    Up to four rows read the weights at the speed of memory; more go to the matrix product of torch.
 
     Args:
         x: ``[N, F]`` floating point; ``[N, 2 F]`` for swiglu.

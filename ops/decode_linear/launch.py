@@ -14,7 +14,7 @@ from . import cpu
 from .kernels import decode_prepare_kernel, decode_row_kernel
 
 CODES = {"plain": 0, "rms_norm": 1, "gated_rms_norm": 2, "swiglu": 3}
-MOST_ROWS = 1
+MOST_ROWS = 4
 """Above it the matrix product of torch takes over."""
 MOST_FEATURES = 16384
 PROGRAMS = 256
@@ -37,7 +37,8 @@ def _row_config(
     block = max(min(16384 // constants["BF"] // (2 if dtype == torch.float32 else 1), 16), 1)
     while block > 1 and cdiv(outputs, block) < PROGRAMS:
         block //= 2
-    return Config(constants | {"OUT": outputs, "BO": block, "ADD": add})
+    warps = 8 if block * constants["BF"] >= 4096 else 4
+    return Config(constants | {"OUT": outputs, "BO": block, "ADD": add}, num_warps=warps)
 
 
 def _fits(features: int, input: str, head: int) -> bool:

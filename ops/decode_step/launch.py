@@ -13,8 +13,8 @@ from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, poin
 from ..memory_rule.rules import RULES
 from .kernels import decode_combine_kernel, decode_state_kernel
 
-FEW_PROGRAMS = 64
-"""Below this many states of one head, narrower tiles keep every multiprocessor busy."""
+FEW_STATES, NARROW_BLOCK, WIDE_BLOCK = 64, 16, 64
+"""Up to so many states of one head take narrow tiles, to keep every multiprocessor busy; more take wide ones."""
 
 
 class _Sizes(NamedTuple):
@@ -48,8 +48,9 @@ def _routing_constants(sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-def _state_config(sizes: _Sizes, few: bool) -> Config:
+def _state_config(sizes: _Sizes, states: int) -> Config:
     rule = RULES[sizes.rule]
+    block = NARROW_BLOCK if states <= FEW_STATES else WIDE_BLOCK
     constants: dict[str, Any] = {"H": sizes.H, "HV": sizes.HV, "K": sizes.K, "V": sizes.V}
     constants |= _routing_constants(sizes)
     constants |= {
@@ -57,8 +58,8 @@ def _state_config(sizes: _Sizes, few: bool) -> Config:
         "DELTA": rule.delta,
         "TIMES_DT": sizes.rule == "mamba2",
         "BK": next_power_of_2(max(sizes.K, 16)),
-        "BV": min(next_power_of_2(max(sizes.V, 16)), 16 if few else 32),
-        "EVICT": "",
+        "BV": min(next_power_of_2(max(sizes.V, 16)), block),
+        "EVICT": "evict_first",  # a state is not read again before the next token
     }
     return Config(constants, num_warps=4)
 
@@ -108,7 +109,7 @@ def decode_step(
     o = q.new_empty(batch, tokens, value_heads, value_dim)
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
-    state_config, combine_config = _state_config(sizes, states <= FEW_PROGRAMS), _combine_config(sizes)
+    state_config, combine_config = _state_config(sizes, states), _combine_config(sizes)
     state_grid = (states * cdiv(value_dim, state_config.constants["BV"]),)
     programs = cdiv(value_heads * value_dim, combine_config.constants["BLOCK"])
     if width:
@@ -173,16 +174,16 @@ def variants() -> Iterator[KernelVariant]:
     for dtype in KERNEL_DTYPES:
         for key, value in shapes:
             for rule in RULES:
-                for few in (True, False):
+                for states in (1, 1024):
                     sizes = _Sizes(2, 4, key, value, 4, 2, True, False, 4, rule)
                     quick = rule == "gated_delta" and key == 64
-                    yield _state_variant(sizes, dtype, torch.float32, "own", few, quick)
+                    yield _state_variant(sizes, dtype, torch.float32, "own", states, quick)
             sizes = _Sizes(2, 4, key, value, 4, 2, True, False, 4, "gated_delta")
-            yield _state_variant(sizes, dtype, torch.bfloat16, "own", False, False)
+            yield _state_variant(sizes, dtype, torch.bfloat16, "own", 1024, False)
             yield _combine_variant(sizes, dtype, "own", key == 64)
         for routing in ("own", "given", "custom"):
             sizes = _Sizes(4, 4, 64, 64, 8, 3, False, True, 0, "delta")
-            yield _state_variant(sizes, dtype, torch.float32, routing, True, False)
+            yield _state_variant(sizes, dtype, torch.float32, routing, 1, False)
             yield _combine_variant(sizes, dtype, routing, False)
 
 
@@ -191,9 +192,9 @@ def _named(kernel: Any, arguments: dict[str, str | None]) -> dict[str, str | Non
 
 
 def _state_variant(
-    sizes: _Sizes, dtype: torch.dtype, state: torch.dtype, routing: str, few: bool, quick: bool
+    sizes: _Sizes, dtype: torch.dtype, state: torch.dtype, routing: str, states: int, quick: bool
 ) -> KernelVariant:
-    config = _state_config(sizes, few)
+    config = _state_config(sizes, states)
     label = f"K={sizes.K} V={sizes.V} BV={config.constants['BV']} {dtype} state {state} {sizes.rule} {routing}"
     arguments = _named(decode_state_kernel, _arguments(sizes, dtype, state, routing))
     return variant(label, decode_state_kernel, arguments, config, quick)
