@@ -37,14 +37,16 @@ test: $(STAMP)
 test-interpret: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels" $(INTERPRETED)
 
-INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py
+INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py \
+	tests/test_decode_step.py tests/test_decode_linear.py
 
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m slow
 
 # The operators' and the model's own tests with every tensor on the GPU, and those that only a GPU can run.
 test-gpu: $(STAMP)
-	MOM_TEST_DEVICE=cuda $(PYTEST) $(INTERPRETED) tests/test_opcheck.py tests/test_model.py tests/test_compile.py
+	MOM_TEST_DEVICE=cuda $(PYTEST) $(INTERPRETED) tests/test_opcheck.py tests/test_model.py tests/test_compile.py \
+		tests/test_decode.py tests/test_state_ops.py
 	$(PYTEST) -m gpu
 
 kernels: $(STAMP)

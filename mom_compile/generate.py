@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .decode import DecodeSession, session_for, supports_session
 from .sampling import check_sampling
 from .validate import validate_inputs
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .model import MoMForCausalLM, MoMOutput
     from .state import LayerState
 
+STOP_INTERVAL = 16
+"""Tokens between two looks at whether every row has stopped, on a GPU."""
 PREFILL_TOKENS = 4096
 """Tokens of one prefill call; longer prompts go through in pieces, which bounds the memory."""
 
@@ -58,6 +61,7 @@ def generate(
     eos_token_id: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
     decode: Callable[..., MoMOutput] | None = None,
+    session: DecodeSession | None = None,
 ) -> Tensor:
     """Continue each row of ``input_ids``.
 
@@ -73,6 +77,8 @@ def generate(
         eos_token_id: a row that drew it is filled with it; None: the config's (-1: never stop).
         on_token: called with each step's ``[B]`` ids, for streaming.
         decode: replaces ``model`` in the decode step, such as ``torch.compile(model)``.
+        session: decodes in place of the model; it must be of this model and batch. On a GPU one is made by default
+            (and kept for the next call) where ``decode`` is None and the model allows it.
 
     Returns:
         ``[B, T + new]`` int64; shorter than T + max_new_tokens where every row has stopped.
@@ -97,31 +103,63 @@ def generate(
     logits: Tensor | None = None
     last = _last_token(attention_mask, batch, length, input_ids.device)
     for start in range(0, length, PREFILL_TOKENS):
-        stop = min(start + PREFILL_TOKENS, length)
-        mask = None if attention_mask is None else attention_mask[:, start:stop]
-        out = model(input_ids[:, start:stop], state=state, attention_mask=mask)
+        end = min(start + PREFILL_TOKENS, length)
+        mask = None if attention_mask is None else attention_mask[:, start:end]
+        out = model(input_ids[:, start:end], state=state, attention_mask=mask)
         state = out.state
-        rows = out.logits[torch.arange(batch, device=last.device), (last - start).clamp(0, stop - start - 1)]
-        here = (last >= start) & (last < stop)
+        rows = out.logits[torch.arange(batch, device=last.device), (last - start).clamp(0, end - start - 1)]
+        here = (last >= start) & (last < end)
         logits = rows if logits is None else torch.where(here.unsqueeze(1), rows, logits)
     assert logits is not None
-    run = decode or model
+    assert state is not None
+    step = _decoder(model, state, decode, session)
+    stop = -1 if eos_token_id is None else eos_token_id
     pieces = [input_ids]
     done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     for index in range(max_new_tokens):
         token = sample(logits, temperature, top_p, generator)
-        if eos_token_id is not None and eos_token_id >= 0:
-            token = torch.where(done, eos_token_id, token)
-            done = done | (token == eos_token_id)
+        if stop >= 0:
+            token = torch.where(done, stop, token)
+            done = done | (token == stop)
         pieces.append(token.unsqueeze(1))
         if on_token is not None:
             on_token(token)
-        if index + 1 == max_new_tokens or bool(done.all()):
+        # Reading `done` waits for the device: at every token only where someone listens to them.
+        look = on_token is not None or not done.is_cuda or (index + 1) % STOP_INTERVAL == 0
+        if index + 1 == max_new_tokens or (stop >= 0 and look and bool(done.all())):
             break
-        out = run(token.unsqueeze(1), state=state)
+        logits = step(token)
+    out = torch.cat(pieces, 1)
+    if stop >= 0:
+        finished = out[:, length:].eq(stop).cumsum(1).clamp(max=1).prod(0)
+        out = out[:, : length + min(finished.shape[0], int((finished == 0).sum()) + 1)]
+    return out
+
+
+def _decoder(
+    model: MoMForCausalLM,
+    state: Sequence[LayerState],
+    decode: Callable[..., MoMOutput] | None,
+    session: DecodeSession | None,
+) -> Callable[[Tensor], Tensor]:
+    """``[B]`` ids -> ``[B, vocab_size]`` logits, from ``state`` on."""
+    if session is not None:
+        session.load(state)
+        return session.step
+    autocast = torch.is_autocast_enabled("cuda")
+    own = model.lm_head.weight.is_cuda and model.lm_head.weight.dtype != torch.float64
+    if decode is None and own and not autocast and supports_session(model):
+        return session_for(model, state).step
+    run, current = decode or model, state
+
+    def step(token: Tensor) -> Tensor:
+        nonlocal current
+        out = run(token.unsqueeze(1), state=current)
         assert out.logits is not None
-        state, logits = out.state, out.logits[:, -1]
-    return torch.cat(pieces, 1)
+        current = out.state
+        return out.logits[:, -1]
+
+    return step
 
 
 def _last_token(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

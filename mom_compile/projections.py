@@ -30,41 +30,74 @@ class Gates(NamedTuple):
     dt: Tensor | None  # multiplies v
 
 
-def route_and_gate(layer: MoMAttention, x: Tensor, router_indices: Tensor | None) -> tuple[Routing, Gates]:
-    """Router, beta and decay of every token as one float32 product, also under autocast."""
-    rule, groups = layer.rule, layer.kv_proj.shape[0]
+class SmallProducts(NamedTuple):
+    """Projections in float32: ``logits`` ``[B, T, M]``, ``b`` and ``a`` ``[B, T, G, HV]``; None where there is none."""
+
+    logits: Tensor | None
+    b: Tensor | None
+    a: Tensor | None
+
+
+def small_weights(layer: MoMAttention) -> list[Tensor]:
+    """The weights of :class:`SmallProducts` in its order, ``[n, D]`` each."""
     weights = [layer.router.weight] if layer.custom_router is None else []
-    weights += [layer.b_proj.flatten(0, 1)] if rule.delta else []
-    weights += [layer.a_proj.flatten(0, 1)] if rule.gate == "scalar" else []
+    weights += [layer.b_proj.flatten(0, 1)] if layer.rule.delta else []
+    return weights + ([layer.a_proj.flatten(0, 1)] if layer.rule.gate == "scalar" else [])
+
+
+def small_products(layer: MoMAttention, x: Tensor) -> SmallProducts:
+    """Router, beta and decay of every token as one float32 product, also under autocast."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parts: list[Tensor] = []
-    if weights:
-        weight = torch.cat([w.to(dtype) for w in weights])
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                small = F.linear(x.to(dtype), weight)
-        else:
+    weights = small_weights(layer)
+    if not weights:
+        return SmallProducts(None, None, None)
+    weight = torch.cat([w.to(dtype) for w in weights])
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             small = F.linear(x.to(dtype), weight)
-        parts = list(small.split([w.shape[0] for w in weights], -1))
+    else:
+        small = F.linear(x.to(dtype), weight)
+    return split_small(layer, small)
+
+
+def split_small(layer: MoMAttention, small: Tensor) -> SmallProducts:
+    """``[B, T, n]``, the product with :func:`small_weights`, in its parts."""
+    groups = layer.kv_proj.shape[0]
+    parts = list(small.split([w.shape[0] for w in small_weights(layer)], -1))
     logits = parts.pop(0) if layer.custom_router is None else None
     # torch.unflatten throughout: Dynamo of torch 2.11 cannot trace the method under torch.set_default_device.
-    beta = torch.unflatten(parts.pop(0), -1, (groups, -1)).sigmoid() if rule.delta else None
+    b = torch.unflatten(parts.pop(0), -1, (groups, -1)) if layer.rule.delta else None
+    a = torch.unflatten(parts.pop(0), -1, (groups, -1)) if layer.rule.gate == "scalar" else None
+    return SmallProducts(logits, b, a)
+
+
+def custom_routing(layer: MoMAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and indices ``[B, T, k]`` of the layer's own router, checked."""
+    assert layer.custom_router is not None
+    weights, indices = layer.custom_router(x)
+    expected = (*x.shape[:2], layer.config.topk)
+    if tuple(weights.shape) != expected or tuple(indices.shape) != expected:
+        raise ValueError(
+            f"router must return weights and indices of shape [B, T, k] = {expected}, got "
+            f"{tuple(weights.shape)} and {tuple(indices.shape)}; select topk memories for each token"
+        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return weights.to(dtype), indices.long()
+
+
+def route_and_gate(layer: MoMAttention, x: Tensor, router_indices: Tensor | None) -> tuple[Routing, Gates]:
+    """Routing and gates of every token."""
+    rule = layer.rule
+    logits, b, a = small_products(layer, x)
+    beta = None if b is None else b.sigmoid()
     g = dt = None
-    if rule.gate == "scalar":
-        dt = F.softplus(torch.unflatten(parts.pop(0), -1, (groups, -1)) + layer.dt_bias.to(dtype))
-        g = -layer.A_log.to(dtype).exp() * dt
+    if a is not None:
+        dt = F.softplus(a + layer.dt_bias.to(a.dtype))
+        g = -layer.A_log.to(a.dtype).exp() * dt
     gates = Gates(g, beta, dt if rule.name == "mamba2" else None)
 
     if logits is None:
-        assert layer.custom_router is not None
-        custom_weights, custom_indices = layer.custom_router(x)
-        expected = (*x.shape[:2], layer.config.topk)
-        if tuple(custom_weights.shape) != expected or tuple(custom_indices.shape) != expected:
-            raise ValueError(
-                f"router must return weights and indices of shape [B, T, k] = {expected}, got "
-                f"{tuple(custom_weights.shape)} and {tuple(custom_indices.shape)}; select topk memories for each token"
-            )
-        return Routing(custom_weights.to(dtype), custom_indices.long(), None), gates
+        return Routing(*custom_routing(layer, x), None), gates
     if router_indices is not None:
         chosen = torch.softmax(logits.gather(-1, router_indices), -1)
         return Routing(chosen, router_indices, logits), gates

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import l2_norm
+from .ops import decode_step, l2_norm
 from .ops.memory_rule import recurrent
-from .projections import retention_gate, route_and_gate
+from .projections import custom_routing, retention_gate, route_and_gate, small_products
 from .state import LayerState
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def forward(
 ) -> tuple[Tensor, LayerState, Tensor | None]:
     """As :meth:`MoMAttention.forward` up to the output projection: o ``[B, T, HV, V]``, state, logits."""
     current: LayerState = dict(state) if state is not None else layer.init_state(x.shape[0], x.device)
+    if not torch.is_grad_enabled():
+        return _fused(layer, x, current, valid, router_indices)
     outputs, logits = [], []
     for t in range(x.shape[1]):
         o, current, token_logits = _token(
@@ -43,10 +45,44 @@ def forward(
     return torch.stack(outputs, 1), current, all_logits
 
 
+def _fused(
+    layer: MoMAttention, x: Tensor, state: LayerState, valid: Tensor | None, router_indices: Tensor | None
+) -> tuple[Tensor, LayerState, Tensor | None]:
+    """All tokens in the one operator of decoding, which has no gradient."""
+    config, rule = layer.config, layer.rule
+    logits, b, a = small_products(layer, x)
+    weights = None
+    if logits is None:
+        weights, router_indices = custom_routing(layer, x)
+    o, recurrent_state, conv_state = decode_step(
+        layer.q_proj(x),
+        torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1)), 2, (layer.kv_proj.shape[0], -1)),
+        state["recurrent_state"],
+        state.get("conv_state"),
+        router_logits=logits,
+        router_indices=router_indices,
+        router_weights=weights,
+        a=a,
+        b=b,
+        A_log=layer.A_log if a is not None else None,
+        dt_bias=layer.dt_bias if a is not None else None,
+        conv_weight=layer.conv1d if config.use_short_conv else None,
+        valid=valid,
+        rule=rule.name,
+        topk=config.topk,
+        shared=config.shared_mem,
+        scale=layer.scale,
+    )
+    new_state: LayerState = {}
+    if conv_state is not None:
+        new_state["conv_state"] = conv_state
+    return o, {**new_state, "recurrent_state": recurrent_state}, logits
+
+
 def _token(
     layer: MoMAttention, x: Tensor, state: LayerState, valid: Tensor | None, router_indices: Tensor | None
 ) -> tuple[Tensor, LayerState, Tensor | None]:
-    """One token: x ``[B, 1, D]``, valid ``[B]``, o ``[B, HV, V]``."""
+    """One token, differentiable: x ``[B, 1, D]``, valid ``[B]``, o ``[B, HV, V]``."""
     config, rule = layer.config, layer.rule
     batch = x.shape[0]
     memories = config.total_memories

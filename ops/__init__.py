@@ -9,6 +9,8 @@ if __name__ != "mom_compile.ops":
 
 from ._layout import CHUNK
 from .combine import combine
+from .decode_linear import decode_linear, decode_linear_
+from .decode_step import decode_step, decode_step_
 from .dispatch import DispatchPlan, dispatch
 from .gated_rms_norm import gated_rms_norm
 from .grouped_linear import grouped_linear
@@ -45,6 +47,10 @@ __all__ = [
     "chunk_mamba2",
     "chunk_retention",
     "combine",
+    "decode_linear",
+    "decode_linear_",
+    "decode_step",
+    "decode_step_",
     "dispatch",
     "gated_rms_norm",
     "grouped_linear",

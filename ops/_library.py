@@ -67,7 +67,10 @@ def _on_cpu(function: Callable[..., Any], args: Sequence[Any], written: Sequence
     moved = [x.cpu() if isinstance(x, Tensor) else x for x in args]
     results = function(*moved)
     for position in written:
-        args[position].copy_(moved[position])
+        if moved[position] is not None:
+            args[position].copy_(moved[position])
+    if results is None:
+        return None
     if isinstance(results, Tensor):
         return results.to(device)
     return tuple(x.to(device) for x in results)

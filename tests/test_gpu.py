@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import mom_compile.ops as ops
 from mom_compile import MoMForCausalLM
+from mom_compile.decode import DecodeSession
 from mom_compile.ops import RULES
 from mom_compile.ops.grouped_linear import grouped_linear_reference
 
@@ -186,3 +187,23 @@ def test_bad_values_stay_in_bounds() -> None:
         torch.tensor([7, -1]), torch.tensor([-50, 1 << 40, 3]), 0.25,
     )  # fmt: skip
     torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def test_a_decode_session_waits_for_nothing_and_repeats() -> None:
+    model = tiny_model(head_dim=32).bfloat16()
+    state = model(_ids(3, 40)).state
+    session, ids = DecodeSession(model, 3), _ids(8, 3)
+    results = []
+    for _ in range(50):
+        session.load(state)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits = torch.stack([session.step(ids[t]).clone() for t in range(8)])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append((logits, session.state()))
+    for logits, after in results[1:]:
+        assert torch.equal(logits, results[0][0])
+        for a, b in zip(after, results[0][1], strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)

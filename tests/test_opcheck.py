@@ -59,6 +59,14 @@ def _chunk_bwd() -> tuple[Any, ...]:
     return (*leaves, start, length, chunk, *saved, do, torch.randn_like(final_state), scale)
 
 
+def _decode_step() -> tuple[Any, ...]:
+    return (
+        torch.randn(2, 3, 4), torch.randn(2, 3, 4, 10), torch.randn(2, 3, 3), None, None, torch.randn(2, 3, 4, 2),
+        torch.randn(2, 3, 4, 2), torch.rand(2), torch.randn(2), torch.randn(14, 4), torch.randn(2, 4, 2, 4, 3),
+        torch.randn(2, 4, 14, 3), torch.rand(2, 3) > 0.5, "gated_delta", 2, True, 0.5,
+    )  # fmt: skip
+
+
 def _samples() -> dict[str, Sample]:
     plan = _plan()
     samples: dict[str, Sample] = {
@@ -84,6 +92,15 @@ def _samples() -> dict[str, Sample]:
         "grouped_linear": lambda: (_rows(plan, 5), torch.randn(4, 6, 5, requires_grad=True), plan.group_offset),
         "grouped_linear_dweight": lambda: (_rows(plan, 6).detach(), _rows(plan, 5).detach(), plan.group_offset),
         "chunk_rule_bwd": _chunk_bwd,
+        "decode_linear": lambda: (
+            torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), None, torch.randn(3, 6), "rms_norm", 1e-6,
+        ),
+        "decode_linear_": lambda: (
+            torch.randn(2, 5), torch.randn(2, 6), torch.randn(5, 6), torch.rand(3), torch.randn(2, 6),
+            "gated_rms_norm", 1e-6,
+        ),
+        "decode_step": _decode_step,
+        "decode_step_": _decode_step,
     }  # fmt: skip
     for rule in RULES.values():
         samples[f"chunk_{rule.op}"] = _chunk(rule.name)

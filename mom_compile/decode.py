@@ -1,0 +1,262 @@
+"""Decode sessions: one token at a time on buffers of their own, as a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .ops import decode_linear, decode_linear_, decode_step_
+from .projections import small_weights, split_small
+from .state import LayerState, State, check_state
+
+if TYPE_CHECKING:
+    from .model import MoMForCausalLM
+    from .mom_attention import MoMAttention
+
+WARM_UP_STEPS = 2
+
+
+class _Layer(NamedTuple):
+    """A block's weights as its decode step reads them."""
+
+    attention: MoMAttention
+    attn_norm: Tensor
+    wide: Tensor  # q, keys and values of every memory, output gate
+    small: Tensor  # router, beta, decay: float32
+    o_norm: Tensor
+    o_proj: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def supports_session(model: MoMForCausalLM) -> bool:
+    """Whether a :class:`DecodeSession` can serve the model: its own routers, one dtype and one device."""
+    custom = any(layer.attn.custom_router is not None for layer in model.model.layers)  # type: ignore[union-attr]
+    return not custom and len({(p.dtype, p.device) for p in model.parameters()}) == 1
+
+
+class DecodeSession:
+    """Decodes one token per sequence and call, in place on a state that it owns.
+
+    The weights that one product can read are laid side by side once (a copy of the input projections and of half the
+    MLP), the state lies in fixed buffers, and on a GPU the whole step of the model is one CUDA graph: no host sync, no
+    allocation. The session reads the model's parameters as they were when it was made; :attr:`stale` says when they
+    have changed since.
+
+    Args:
+        model: a :class:`MoMForCausalLM` with its own routers, all parameters of one dtype on one device.
+        batch_size: sequences, at least 1.
+        dtype: of the recurrent state, as for ``model.init_state``.
+        conv_dtype: of the convolution's state, by default that of the parameters.
+        compile: run the step through ``torch.compile`` (for CPUs; the first step compiles).
+        graph: capture a CUDA graph; None: on a GPU.
+
+    Raises:
+        ValueError: a model or batch size that it cannot serve.
+    """
+
+    def __init__(
+        self,
+        model: MoMForCausalLM,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        conv_dtype: torch.dtype | None = None,
+        compile: bool = False,
+        graph: bool | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}; pass the number of sequences")
+        if not supports_session(model):
+            raise ValueError(
+                "model must have its own routers and parameters of one dtype on one device, got another; "
+                "call the model itself with its state"
+            )
+        self.config = model.config
+        self.batch_size = batch_size
+        self._fingerprint = _fingerprint(model)
+        self._parameters = list(model.parameters())
+        with torch.no_grad():
+            self._layers = [_gather(block) for block in model.model.layers]
+            self._embedding = model.model.embeddings.weight.detach()
+            self._norm, self._head = model.model.norm.weight.detach(), model.lm_head.weight.detach()
+            device = self._head.device
+            state = model.init_state(batch_size, device, dtype)
+            if conv_dtype is not None:
+                state = tuple(
+                    {name: x.to(conv_dtype) if name == "conv_state" else x for name, x in layer.items()}
+                    for layer in state
+                )
+            self._state: State = state
+            self._ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self._step: Callable[[], Tensor] = self._run
+            if compile:
+                self._step = torch.compile(self._run, fullgraph=True, dynamic=False)
+            self._graph: torch.cuda.CUDAGraph | None = None
+            if device.type == "cuda" if graph is None else graph:
+                self._capture()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the session runs."""
+        return self._ids.device
+
+    def stale(self, model: MoMForCausalLM) -> bool:
+        """Whether the model's parameters have changed since the session was made."""
+        return self._fingerprint is None or _fingerprint(model) != self._fingerprint
+
+    def load(self, state: Sequence[LayerState]) -> None:
+        """Continue from ``state``, which is copied.
+
+        Raises:
+            ValueError: a state of another model, batch, dtype or device.
+        """
+        check_state(self.config, state, self.batch_size, self.device)
+        for index, (own, given) in enumerate(zip(self._state, state, strict=True)):
+            for name, value in own.items():
+                if given[name].dtype != value.dtype:
+                    raise ValueError(
+                        f"state[{index}][{name!r}] must have the session's dtype {value.dtype}, got "
+                        f"{given[name].dtype}; convert it, or make a session with its dtype"
+                    )
+        for own, given in zip(self._state, state, strict=True):
+            for name, value in own.items():
+                value.copy_(given[name])
+
+    def state(self) -> State:
+        """A copy of the state after the tokens so far."""
+        return tuple({name: value.clone() for name, value in layer.items()} for layer in self._state)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        """Take one token per sequence.
+
+        Args:
+            ids: ``[B]`` int64 in [0, vocab_size), on the session's device.
+
+        Returns:
+            ``[B, vocab_size]`` logits of the next token. With a CUDA graph the next call overwrites them.
+
+        Raises:
+            ValueError: ids of another shape.
+        """
+        if tuple(ids.shape) != (self.batch_size,):
+            raise ValueError(f"ids must be [B] = ({self.batch_size},), got shape {tuple(ids.shape)}; one id a sequence")
+        self._ids.copy_(ids)
+        if self._graph is None:
+            return self._step()
+        self._graph.replay()
+        return self._logits
+
+    def _capture(self) -> None:
+        # On zeros that load overwrites; the capture itself runs nothing.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            self._logits = self._step()
+        self._graph = graph
+        for layer in self._state:
+            for value in layer.values():
+                value.zero_()
+
+    def _run(self) -> Tensor:
+        eps = self.config.norm_eps
+        x = F.embedding(self._ids, self._embedding)
+        for layer, state in zip(self._layers, self._state, strict=True):
+            _block(layer, state, x, eps)
+        return decode_linear(x, self._head, input="rms_norm", norm_weight=self._norm, eps=eps)[0]
+
+
+def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> None:
+    """One block's step on x ``[B, D]`` and the state, both in place."""
+    attention, config = layer.attention, layer.attention.config
+    batch, groups = x.shape[0], attention.kv_proj.shape[0]
+    wide, small = decode_linear(
+        x, layer.wide, input="rms_norm", norm_weight=layer.attn_norm, small_weight=layer.small, eps=eps
+    )
+    key_size, value_size = attention.key_size, attention.value_size
+    kv_size = groups * (key_size + value_size)
+    assert small is not None
+    logits, b, a = split_small(attention, small.unsqueeze(1))
+    o = decode_step_(
+        wide[:, :key_size].unsqueeze(1),
+        torch.unflatten(wide[:, key_size : key_size + kv_size], 1, (1, groups, key_size + value_size)),
+        state["recurrent_state"],
+        state.get("conv_state"),
+        router_logits=logits,
+        a=a,
+        b=b,
+        A_log=attention.A_log.detach() if a is not None else None,
+        dt_bias=attention.dt_bias.detach() if a is not None else None,
+        conv_weight=attention.conv1d.detach() if config.use_short_conv else None,
+        rule=attention.rule.name,
+        topk=config.topk,
+        shared=config.shared_mem,
+        scale=attention.scale,
+    )
+    gate = wide[:, key_size + kv_size :] if config.use_output_gate else None
+    decode_linear_(
+        x, o.view(batch, value_size), layer.o_proj, input="gated_rms_norm", norm_weight=layer.o_norm, gate=gate, eps=eps
+    )
+    hidden, _ = decode_linear(x, layer.gate_up, input="rms_norm", norm_weight=layer.mlp_norm, eps=eps)
+    decode_linear_(x, hidden, layer.down, input="swiglu")
+
+
+def _gather(block: Any) -> _Layer:
+    attention, mlp = block.attn, block.mlp
+    wide = [attention.q_proj.weight, attention.kv_proj.flatten(0, 1)]
+    if attention.config.use_output_gate:
+        wide.append(attention.g_proj.weight)
+    dtype = torch.promote_types(attention.q_proj.weight.dtype, torch.float32)
+    return _Layer(
+        attention,
+        block.attn_norm.weight.detach(),
+        torch.cat(wide).detach(),
+        torch.cat([weight.to(dtype) for weight in small_weights(attention)]).detach(),
+        attention.o_norm.weight.detach(),
+        attention.o_proj.weight.detach(),
+        block.mlp_norm.weight.detach(),
+        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
+        mlp.down_proj.weight.detach(),
+    )
+
+
+def _fingerprint(model: MoMForCausalLM) -> tuple[tuple[int, int], ...] | None:
+    """Changes when a parameter is written or replaced; None where torch does not count the writes."""
+    parameters = list(model.parameters())
+    if any(p.is_inference() for p in parameters):
+        return None
+    return tuple((p.data_ptr(), p._version) for p in parameters)
+
+
+_SESSIONS: weakref.WeakKeyDictionary[MoMForCausalLM, DecodeSession] = weakref.WeakKeyDictionary()
+
+
+def session_for(model: MoMForCausalLM, state: Sequence[LayerState]) -> DecodeSession:
+    """A session that continues from ``state``: the model's last one where it fits, otherwise a new one."""
+    first = state[0]
+    batch, dtype = first["recurrent_state"].shape[0], first["recurrent_state"].dtype
+    conv_dtype = first["conv_state"].dtype if "conv_state" in first else None
+    session = _SESSIONS.pop(model, None)
+    if session is not None:
+        own = session._state[0]
+        same = own["recurrent_state"].dtype == dtype and session.batch_size == batch
+        same = same and ("conv_state" not in own or own["conv_state"].dtype == conv_dtype)
+        if not same or session.stale(model):
+            session = None
+    if session is None:
+        session = DecodeSession(model, batch, dtype=dtype, conv_dtype=conv_dtype)
+    session.load(state)
+    _SESSIONS[model] = session
+    return session
