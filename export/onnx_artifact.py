@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import os
-import platform
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .._extras import check_installed
-from .._files import atomic_directory
 from ..model import MoMForCausalLM
-from ..state import layer_shapes
-from ..tokenizer import BYTE_VOCAB_SIZE
 from ._onnxruntime import require_onnxruntime
-from .artifact import is_artifact, write_manifest
 from .lowerings import lowerings
 from .program import export_program, state_names
 from .structure import describe_graph
+from .writing import package_versions, write_artifact
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -68,66 +63,33 @@ def to_onnx(
             (nothing is left behind).
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
-    from .verification import record_reference, verify_folder
-
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
-    check_installed(("onnx", "onnxscript", "onnx_ir"), "onnx")
-    runtime = require_onnxruntime()
-    folder = Path(directory)
-    if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder):
-        raise ValueError(f"directory must be new, empty or an artifact, got {str(folder)!r} with other files in it")
-    exact = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    with atomic_directory(folder, keep=False) as staging:
-        kind = _write_tokenizer(staging, tokenizer, model.config.vocab_size)
-        graphs = _write_graphs(exact, staging, target)
+    runtime = check_onnx_packages()
+
+    def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
+        graphs = _write_graphs(exact, folder, target)
         run_py = resources.files(__package__ or "").joinpath("run_template.py").read_text(encoding="utf-8")
-        (staging / "run.py").write_text(run_py, encoding="utf-8")
-        record_reference(exact, staging)
-        manifest = {
+        (folder / "run.py").write_text(run_py, encoding="utf-8")
+        return {
             "kind": "onnx",
             "target": target,
-            "config": exact.config.to_dict(),
             "graphs": GRAPHS,
-            "state": [
-                {"name": name, "shape": list(shape[1:])} for name, shape in layer_shapes(exact.config, 1).items()
-            ],
-            "tokenizer": kind,
             "io": graphs,
-            "schemas_sha256": hashlib.sha256(
-                resources.files("mom_compile.ops").joinpath("schemas.txt").read_bytes()
-            ).hexdigest(),
-            "versions": _versions(runtime),
-            "tolerance": tolerance,
+            "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
         }
-        write_manifest(staging, manifest)
-        report = verify_folder(staging, exact, tolerance)
-        if not report.passed:
-            raise ValueError(
-                f"the artifact must agree with the model to {tolerance:g}, got\n{report}\n"
-                "nothing was written; raise the tolerance only if these errors are acceptable"
-            )
-        write_manifest(staging, {**manifest, "parity": report.to_dict()})
-    return report
+
+    return write_artifact(model, directory, tokenizer, tolerance, write_files)
 
 
-def _versions(runtime: Any) -> dict[str, str]:
-    names = ("mom-compile", "torch", "onnx", "onnxscript")
-    return {
-        **{name: metadata.version(name) for name in names},
-        "onnxruntime": runtime.__version__,
-        "python": platform.python_version(),
-    }
+def check_onnx_packages() -> ModuleType:
+    """onnxruntime, once everything that an export needs is known to be there.
 
-
-def _write_tokenizer(folder: Path, tokenizer: str | os.PathLike[str] | None, vocab_size: int) -> str:
-    if tokenizer is not None:
-        source = Path(tokenizer)
-        if not source.is_file():
-            raise ValueError(f"tokenizer must be a tokenizer.json file, got {str(source)!r}; pass its path")
-        shutil.copyfile(source, folder / "tokenizer.json")
-        return "tokenizers"
-    return "byte" if vocab_size == BYTE_VOCAB_SIZE else "none"
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+    """
+    check_installed(("onnx", "onnxscript", "onnx_ir"), "onnx")
+    return require_onnxruntime()
 
 
 class _Weights:

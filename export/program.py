@@ -13,7 +13,8 @@ from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..state import layer_shapes
 
-MAX_BATCH, MAX_LENGTH = 4096, 1 << 20
+DYNAMIC_BATCH = torch.export.Dim("batch", min=1, max=4096)
+DYNAMIC_LENGTH = torch.export.Dim("length", min=1, max=1 << 20)
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70  # longer than one chunk: an example inside it would freeze the graph to one
 
 
@@ -78,17 +79,15 @@ def export_program(
     model: MoMForCausalLM, decode: bool, lowerings: Mapping[Any, Callable[..., Any]]
 ) -> torch.export.ExportedProgram:
     """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram."""
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
     ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else EXAMPLE_LENGTH)
-    ids_shape: dict[int, Any] = {0: batch} if decode else {0: batch, 1: length}
+    ids_shape: dict[int, Any] = {0: DYNAMIC_BATCH} if decode else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
     was_training = model.training
     try:
         with torch.no_grad():
             return torch.export.export(
                 StateProgram(model.eval(), lowerings),
                 (ids, past),
-                dynamic_shapes=(ids_shape, [{0: batch}] * len(past)),
+                dynamic_shapes=(ids_shape, [{0: DYNAMIC_BATCH}] * len(past)),
                 strict=False,
                 # conv1d compares strides for channels-last; the comparison always holds but cannot be proved.
                 prefer_deferred_runtime_asserts_over_guards=True,

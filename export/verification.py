@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from ..config import MoMConfig
 from ..report import Check, Report, relative
 from .artifact import read_manifest
-from .runner import OnnxRunner, State, load
-from .structure import check_structure
+from .runner import Runner, State, load
 
 if TYPE_CHECKING:
     from ..model import MoMForCausalLM
@@ -34,7 +33,7 @@ def verify(
     """Verify an artifact folder.
 
     Args:
-        directory: written by ``to_onnx``.
+        directory: written by a ``to_*`` function.
         model: what it was exported from; compared over many lengths, 64 decode steps and greedy text. None: the
             folder's own recorded reference is used, which needs no torch.
         tolerance: relative; None takes the manifest's.
@@ -58,18 +57,18 @@ def verify(
 def verify_folder(folder: Path, model: MoMForCausalLM | None, tolerance: float) -> Report:
     """:func:`verify` without the comparison of configurations."""
     runner = load(folder)
-    checks = [_structure(folder, runner), _recorded(folder, runner, tolerance)]
+    checks = [_structure(runner), _recorded(folder, runner, tolerance)]
     if model is not None:
         checks += _against_model(runner, model, tolerance)
     return Report(f"{runner.manifest['target']} artifact", tolerance, tuple(checks))
 
 
-def _structure(folder: Path, runner: OnnxRunner) -> Check:
+def _structure(runner: Runner) -> Check:
     try:
-        check_structure(folder, runner.manifest)
+        runner.check_structure()
     except ValueError as error:
-        return Check("structure, operators and ONNX checker", None, False, str(error))
-    return Check("structure, operators and ONNX checker", None, True)
+        return Check("structure and operators", None, False, str(error))
+    return Check("structure and operators", None, True)
 
 
 # ---- the recorded reference ------------------------------------------------------------------------------------------
@@ -92,15 +91,15 @@ def record_reference(model: MoMForCausalLM, folder: Path) -> None:
     np.savez(folder / REFERENCE_FILE, ids=ids, positions=positions, logits=logits[:, positions], decided=decided)
 
 
-def _recorded(folder: Path, runner: OnnxRunner, tolerance: float) -> Check:
+def _recorded(folder: Path, runner: Runner, tolerance: float) -> Check:
     with np.load(folder / REFERENCE_FILE, allow_pickle=False) as file:
         ids, positions, expected, decided = (file[name] for name in ("ids", "positions", "logits", "decided"))
     logits, state = runner(ids[:, :100])
-    pieces = [logits]
+    pieces = [np.asarray(logits)]
     for start in (100, 101, 102):  # two decode steps, then the rest as a second prefill
         stop = start + 1 if start < 102 else ids.shape[1]
         logits, state = runner(ids[:, start:stop], state)
-        pieces.append(logits)
+        pieces.append(np.asarray(logits))
     actual = np.concatenate(pieces, 1)[:, positions, : expected.shape[2]]
     use = positions[None] < decided[:, None]
     error = relative(actual[use], expected[use])
@@ -132,19 +131,22 @@ def _decided(router_logits: Sequence[Any], topk: int) -> NDArray[np.int64]:
 
 
 def _state_arrays(state: Any) -> State:
-    return tuple({name: value.numpy() for name, value in layer.items()} for layer in state)
+    return tuple({name: np.asarray(value) for name, value in layer.items()} for layer in state)
 
 
-def _random_state(runner: OnnxRunner, batch: int, seed: int) -> State:
+def _random_state(runner: Runner, batch: int, seed: int) -> State:
     generator = np.random.default_rng(seed)
     return tuple(
-        {name: (0.1 * generator.standard_normal(value.shape)).astype(np.float32) for name, value in layer.items()}
+        {
+            name: (0.1 * generator.standard_normal(tuple(value.shape))).astype(np.float32)
+            for name, value in layer.items()
+        }
         for layer in runner.init_state(batch)
     )
 
 
 def _compare(
-    runner: OnnxRunner, model: MoMForCausalLM, batch: int, length: int, seed: int
+    runner: Runner, model: MoMForCausalLM, batch: int, length: int, seed: int
 ) -> tuple[float, float, NDArray[np.bool_]]:
     """Relative errors of the logits and of the states of one prefill from a random state, and the tokens compared."""
     import torch
@@ -156,7 +158,8 @@ def _compare(
             torch.from_numpy(ids),
             state=tuple({name: torch.from_numpy(value) for name, value in layer.items()} for layer in start),
         )
-    logits, state = runner(ids, start)
+    logits, present = runner(ids, start)
+    logits, state = np.asarray(logits), _state_arrays(present)
     decided = _decided(out.router_logits, model.config.topk)
     use = np.arange(length)[None] < decided[:, None]
     whole = decided >= length
@@ -169,7 +172,7 @@ def _compare(
     return relative(logits[use], out.logits.numpy()[use]), max(errors), use
 
 
-def _against_model(runner: OnnxRunner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
+def _against_model(runner: Runner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
     results = [_compare(runner, model, *shape, seed=seed) for seed, shape in enumerate(PREFILL_SHAPES)]
     compared = np.concatenate([use.ravel() for *_, use in results])
     lengths = ", ".join(f"{batch}x{length}" for batch, length in PREFILL_SHAPES)
@@ -188,7 +191,7 @@ def _check(name: str, error: float, tolerance: float, compared: NDArray[np.bool_
     return Check(name, error, error <= tolerance and share >= MIN_COMPARED, note)
 
 
-def _decode(runner: OnnxRunner, model: MoMForCausalLM, tolerance: float) -> Check:
+def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float) -> Check:
     """Prefill, then 64 steps through swapped buffers, against one pass of the model."""
     import torch
 
@@ -204,7 +207,7 @@ def _decode(runner: OnnxRunner, model: MoMForCausalLM, tolerance: float) -> Chec
     return _check(f"{DECODE_STEPS} decode steps", error, tolerance, use)
 
 
-def _greedy(runner: OnnxRunner, model: MoMForCausalLM, tolerance: float) -> Check:
+def _greedy(runner: Runner, model: MoMForCausalLM, tolerance: float) -> Check:
     """Greedy tokens equal up to the first step whose two best logits are closer than the tolerance."""
     import torch
 

@@ -13,7 +13,7 @@ from support import relative
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.config import UPDATE_RULES
-from mom_compile.export import onnx_artifact
+from mom_compile.export import onnx_artifact, writing
 from mom_compile.export.onnx_artifact import TARGETS
 from mom_compile.report import Report
 
@@ -188,7 +188,7 @@ def test_an_older_artifact_survives_a_failed_export(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_artifact, "write_manifest", full)
+    monkeypatch.setattr(writing, "write_manifest", full)
     monkeypatch.setattr(onnx_artifact, "_write_graphs", lambda *_: {})
     with pytest.raises(OSError, match="No space left"):
         export.to_onnx(model, target)

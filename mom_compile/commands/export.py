@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+TARGETS = {
+    "onnxruntime": "com.microsoft::LinearAttention, fast",
+    "portable": "standard ONNX operators only",
+    "pt2": "torch.export programs, operators whole",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="artifact folder to write")
     parser.add_argument(
         "--to",
-        choices=["onnxruntime", "portable"],
+        choices=list(TARGETS),
         default="onnxruntime",
-        help="onnxruntime: com.microsoft::LinearAttention, fast; portable: standard ONNX operators only",
+        help="; ".join(f"{name}: {summary}" for name, summary in TARGETS.items()),
     )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative error (default 1e-4)")
 
@@ -20,18 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..export import to_onnx
+    from .. import export
     from ..model import MoMForCausalLM
 
     model = MoMForCausalLM.from_pretrained(args.checkpoint)
     tokenizer = Path(args.checkpoint) / "tokenizer.json"
-    report = to_onnx(
-        model,
-        args.target,
-        target=args.to,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        tolerance=args.tolerance,
-    )
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer if tokenizer.is_file() else None,
+        "tolerance": args.tolerance,
+    }
+    if args.to == "pt2":
+        report = export.to_pt2(model, args.target, **options)
+    else:
+        report = export.to_onnx(model, args.target, target=args.to, **options)
     print(report)
     print(f"{args.target}: {args.to}, largest relative error {report.error:.1e}")
     return 0

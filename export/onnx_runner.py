@@ -1,0 +1,122 @@
+"""Running an ONNX artifact with numpy and onnxruntime alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._onnxruntime import require_onnxruntime
+from .runner import Runner, State, Step
+
+
+class OnnxRunner(Runner):
+    """A folder of ``to_onnx``; states are arrays of numpy.
+
+    Args:
+        folder: the artifact.
+        manifest: of the folder.
+        providers: onnxruntime execution providers; None: the CPU's.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], providers: Sequence[str] | None = None) -> None:
+        super().__init__(folder, manifest)
+        self._runtime = require_onnxruntime()
+        self._providers = list(providers or ["CPUExecutionProvider"])
+        self._sessions: dict[str, Any] = {}
+
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            options = self._runtime.SessionOptions()
+            options.log_severity_level = 3
+            try:
+                self._sessions[name] = self._runtime.InferenceSession(
+                    str(self.folder / self.manifest["graphs"][name]), options, providers=self._providers
+                )
+            except Exception as error:
+                raise ValueError(
+                    f"{self.manifest['graphs'][name]} must open in onnxruntime {self._runtime.__version__}, got "
+                    f"{str(error).splitlines()[0][:300]}; it was made with {self.manifest['versions']['onnxruntime']}: "
+                    "upgrade onnxruntime, or export with --to portable"
+                ) from error
+            self._check_session(self._sessions[name], name)
+        return self._sessions[name]
+
+    def _check_session(self, session: Any, name: str) -> None:
+        """The graph takes the states that the manifest names."""
+        found = {value.name: value.shape for value in session.get_inputs()}
+        for layer in range(self.config.num_hidden_layers):
+            for state, shape in self._shapes.items():
+                key = f"past_key_values.{layer}.{state}"
+                want = ["batch", shape[0] * shape[1], *shape[2:]]
+                if found.get(key) != want:
+                    raise ValueError(
+                        f"{self.manifest['graphs'][name]} must take {key} {want} by manifest.json, got "
+                        f"{found.get(key)}; the files belong to different models: export again"
+                    )
+
+    def check_structure(self) -> None:
+        """As :meth:`Runner.check_structure`, the ONNX checker included."""
+        from .structure import check_structure
+
+        check_structure(self.folder, self.manifest)
+
+    def _run(self, ids: NDArray[np.int64], state: State) -> tuple[Any, State]:
+        session = self._session("decode" if ids.shape[1] == 1 else "prefill")
+        logits, *present = session.run(None, {"input_ids": ids, **self._feeds(state)})
+        return logits, self._state(present)
+
+    def _feeds(self, state: State) -> dict[str, NDArray[Any]]:
+        """The graph's inputs: memories and heads (channels) in one axis."""
+        return {
+            f"past_key_values.{layer}.{name}": np.ascontiguousarray(value).reshape(
+                value.shape[0], value.shape[1] * value.shape[2], *value.shape[3:]
+            )
+            for layer, values in enumerate(state)
+            for name, value in values.items()
+        }
+
+    def _state(self, present: Sequence[NDArray[Any]]) -> State:
+        values = iter(present)
+        return tuple(
+            {name: array.reshape(array.shape[0], *shape) for (name, shape), array in zip(self._shapes.items(), values)}  # noqa: B905
+            for _ in range(self.config.num_hidden_layers)
+        )
+
+    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int) -> Step:
+        """As :meth:`Runner.decode_loop`.
+
+        Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
+        """
+        session, runtime = self._session("decode"), self._runtime
+        feeds = self._feeds(self._check_state(batch_size, state))
+        sets = [
+            {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()}
+            for _ in range(2)
+        ]
+        ids = np.zeros((batch_size, 1), np.int64)
+        ids_value = runtime.OrtValue.ortvalue_from_numpy(ids)
+        logits = runtime.OrtValue.ortvalue_from_shape_and_type([batch_size, 1, self.config.vocab_size], np.float32)
+        bindings = []
+        for source, target in (sets, sets[::-1]):
+            binding = session.io_binding()
+            binding.bind_ortvalue_input("input_ids", ids_value)
+            binding.bind_ortvalue_output("logits", logits)
+            for name, value in source.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, value in target.items():
+                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+            bindings.append(binding)
+        steps = 0
+
+        def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
+            nonlocal steps
+            ids_value.update_inplace(np.ascontiguousarray(tokens, np.int64).reshape(batch_size, 1))
+            session.run_with_iobinding(bindings[steps % 2])
+            steps += 1
+            return logits.numpy()[:, 0]
+
+        return step
