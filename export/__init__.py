@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .genai_artifact import to_genai as to_genai
     from .onnx_artifact import to_onnx as to_onnx
     from .onnx_runner import OnnxRunner as OnnxRunner
     from .pt2_artifact import to_pt2 as to_pt2
@@ -21,6 +22,7 @@ _MODULES = {
     "OnnxRunner": "onnx_runner",
     "Runner": "runner",
     "load": "runner",
+    "to_genai": "genai_artifact",
     "to_onnx": "onnx_artifact",
     "to_pt2": "pt2_artifact",
     "verify": "verification",

@@ -6,8 +6,9 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -126,56 +127,75 @@ class _Weights:
 
 def _write_graphs(model: MoMForCausalLM, folder: Path, target: str) -> dict[str, Any]:
     """Both graphs and their weights; returns their description for the manifest."""
+    makers = ((name, file, partial(_graph, model, target, name == "decode")) for name, file in GRAPHS.items())
+    return save_graphs(folder, makers)
+
+
+def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]]]) -> dict[str, Any]:
+    """Save (name, file, maker of an onnx_ir model) over one weights file; returns their description by name."""
     import onnx_ir as ir
 
     weights = _Weights(folder / WEIGHTS_FILE)
+    files = {}
     try:
-        for name, file in GRAPHS.items():
-            graph_model = _graph(model, target, decode=name == "decode")
+        for name, file, make in graphs:
+            graph_model = make()
             graph_model.graph.name = f"mom_{name}"
             for value in graph_model.graph.initializers.values():
                 if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
                     value.const_value = weights.place(value.const_value)
             ir.save(graph_model, folder / file)
+            files[name] = file
     finally:
         weights.close()
-    return {name: describe_graph(folder / file) for name, file in GRAPHS.items()}
+    return {name: describe_graph(folder / file) for name, file in files.items()}
 
 
 def _graph(model: MoMForCausalLM, target: str, decode: bool) -> Any:
     """One graph as an onnx_ir model."""
     names = [f"{layer}.{name}" for layer, name in state_names(model.config)]
-    with _quiet():
+    with quiet():
         program = export_program(model, decode, lowerings(target, decode))
+    inputs = {"input_ids": None if decode else "sequence", **dict.fromkeys(f"past_key_values.{n}" for n in names)}
+    outputs = {"logits": None if decode else "sequence", **dict.fromkeys(f"present.{n}" for n in names)}
+    return convert(program, inputs, outputs)
+
+
+def convert(
+    program: torch.export.ExportedProgram, inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]
+) -> Any:
+    """An exported program as an onnx_ir model.
+
+    ``inputs`` and ``outputs``: name -> name of the symbolic axis 1, None where that axis is fixed. Axis 0 is the batch.
+    """
+    with quiet():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
-            output_names=["logits", *(f"present.{name}" for name in names)],
+            input_names=list(inputs),
+            output_names=list(outputs),
             verbose=False,
         )
     assert onnx_program is not None
     result = onnx_program.model
-    _name_axes(result.graph, decode)
+    _name_axes(result.graph, {**inputs, **outputs})
     _strip(result)
     return result
 
 
-def _name_axes(graph: Any, decode: bool) -> None:
+def _name_axes(graph: Any, axes: Mapping[str, str | None]) -> None:
     """Name the symbolic axes of inputs and outputs, and forget those of intermediate values."""
     import onnx_ir as ir
 
     # The exporter's own names (s56, 64*((s70+63)//64)) mean nothing to a reader; a runtime infers the inner shapes.
-    outer = [*graph.inputs, *graph.outputs]
     for node in graph.all_nodes():
         for value in node.outputs:
             if value not in graph.outputs and value.shape is not None and any(map(_is_symbolic, value.shape)):
                 value.shape = None
-    for value in outer:
-        sequence_axis = 1 if value.name in ("input_ids", "logits") else None
+    for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(
-            "batch" if axis == 0 else "sequence" if axis == sequence_axis and not decode else size
+            "batch" if axis == 0 else axes[value.name] or size if axis == 1 else size
             for axis, size in enumerate(value.shape)
         )
 
@@ -212,7 +232,7 @@ def _graphs(graph: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's notes on packages and symbols that concern nobody here."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -22,6 +22,8 @@ class OnnxRunner(Runner):
         providers: onnxruntime execution providers; None: the CPU's.
     """
 
+    CAN_ALIAS = True
+
     def __init__(self, folder: Path, manifest: Mapping[str, Any], providers: Sequence[str] | None = None) -> None:
         super().__init__(folder, manifest)
         self._runtime = require_onnxruntime()
@@ -64,10 +66,21 @@ class OnnxRunner(Runner):
 
         check_structure(self.folder, self.manifest)
 
-    def _run(self, ids: NDArray[np.int64], state: State) -> tuple[Any, State]:
-        session = self._session("decode" if ids.shape[1] == 1 else "prefill")
-        logits, *present = session.run(None, {"input_ids": ids, **self._feeds(state)})
+    def _run(self, ids: NDArray[np.int64], state: State, **inputs: Any) -> tuple[Any, State]:
+        session = self._session(self._graph_name(ids.shape[1]))
+        logits, *present = session.run(self._outputs(), {**self._inputs(ids), **self._feeds(state), **inputs})
         return logits, self._state(present)
+
+    def _graph_name(self, length: int) -> str:
+        return "decode" if length == 1 else "prefill"
+
+    def _inputs(self, ids: NDArray[np.int64]) -> dict[str, Any]:
+        """Everything that a graph takes apart from the state."""
+        return {"input_ids": ids}
+
+    def _outputs(self) -> list[str]:
+        layers = range(self.config.num_hidden_layers)
+        return ["logits", *(f"present.{layer}.{name}" for layer in layers for name in self._shapes)]
 
     def _feeds(self, state: State) -> dict[str, NDArray[Any]]:
         """The graph's inputs: memories and heads (channels) in one axis."""
@@ -86,27 +99,29 @@ class OnnxRunner(Runner):
             for _ in range(self.config.num_hidden_layers)
         )
 
-    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int) -> Step:
+    def decode_loop(  # type: ignore[override]
+        self, state: Sequence[Mapping[str, Any]], batch_size: int, aliased: bool = False
+    ) -> Step:
         """As :meth:`Runner.decode_loop`.
 
         Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
+        ``aliased``: one set, in which every present state overwrites its past.
         """
-        session, runtime = self._session("decode"), self._runtime
+        session, runtime = self._session(self._graph_name(1)), self._runtime
         feeds = self._feeds(self._check_state(batch_size, state))
         sets = [
             {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()}
-            for _ in range(2)
+            for _ in range(1 if aliased else 2)
         ]
         ids = np.zeros((batch_size, 1), np.int64)
-        ids_value = runtime.OrtValue.ortvalue_from_numpy(ids)
+        inputs = {name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in self._inputs(ids).items()}
         logits = runtime.OrtValue.ortvalue_from_shape_and_type([batch_size, 1, self.config.vocab_size], np.float32)
         bindings = []
-        for source, target in (sets, sets[::-1]):
+        for source, target in ((sets[0], sets[-1]), (sets[-1], sets[0])):
             binding = session.io_binding()
-            binding.bind_ortvalue_input("input_ids", ids_value)
-            binding.bind_ortvalue_output("logits", logits)
-            for name, value in source.items():
+            for name, value in {**inputs, **source}.items():
                 binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output("logits", logits)
             for name, value in target.items():
                 binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
             bindings.append(binding)
@@ -114,7 +129,7 @@ class OnnxRunner(Runner):
 
         def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
             nonlocal steps
-            ids_value.update_inplace(np.ascontiguousarray(tokens, np.int64).reshape(batch_size, 1))
+            inputs["input_ids"].update_inplace(np.ascontiguousarray(tokens, np.int64).reshape(batch_size, 1))
             session.run_with_iobinding(bindings[steps % 2])
             steps += 1
             return logits.numpy()[:, 0]

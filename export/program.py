@@ -55,12 +55,16 @@ class StateProgram(nn.Module):
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """input_ids ``[B, T]``, past as :func:`flat_shapes`; logits ``[B, T, vocab_size]``."""
+        return self.run(input_ids, past, None)
+
+    def run(self, input_ids: Tensor, past: list[Tensor], valid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`forward` with an optional mask ``[B, T]``."""
         memories = self.model.config.total_memories
         state: list[dict[str, Tensor]] = [{} for _ in range(self.model.config.num_hidden_layers)]
         for (layer, name), tensor in zip(self.names, past, strict=True):
             state[layer][name] = tensor.unflatten(1, (memories, -1))
         with _Replace(self.lowerings):
-            out = self.model(input_ids, state=tuple(state), form="portable")
+            out = self.model(input_ids, state=tuple(state), attention_mask=valid, form="portable")
         assert out.logits is not None
         return out.logits, [out.state[layer][name].flatten(1, 2) for layer, name in self.names]
 
@@ -81,16 +85,18 @@ def export_program(
     """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram."""
     ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else EXAMPLE_LENGTH)
     ids_shape: dict[int, Any] = {0: DYNAMIC_BATCH} if decode else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            return torch.export.export(
-                StateProgram(model.eval(), lowerings),
-                (ids, past),
-                dynamic_shapes=(ids_shape, [{0: DYNAMIC_BATCH}] * len(past)),
-                strict=False,
-                # conv1d compares strides for channels-last; the comparison always holds but cannot be proved.
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-    finally:
-        model.train(was_training)
+    shapes = (ids_shape, [{0: DYNAMIC_BATCH}] * len(past))
+    return trace(StateProgram(model.eval(), lowerings), (ids, past), shapes)
+
+
+def trace(program: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    """torch.export as every target needs it."""
+    with torch.no_grad():
+        return torch.export.export(
+            program,
+            inputs,
+            dynamic_shapes=dynamic_shapes,
+            strict=False,
+            # conv1d compares strides for channels-last; the comparison always holds but cannot be proved.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._files import write_safetensors
 from ..model import MoMForCausalLM
 from ..mom_attention import Form
-from .program import DYNAMIC_BATCH, DYNAMIC_LENGTH, EXAMPLE_BATCH, EXAMPLE_LENGTH
+from .program import DYNAMIC_BATCH, DYNAMIC_LENGTH, EXAMPLE_BATCH, EXAMPLE_LENGTH, trace
 from .pt2_runner import WEIGHTS_FILE, describe_program, operator_schemas
 from .writing import write_artifact
 
@@ -106,17 +106,12 @@ def export_whole(model: MoMForCausalLM, form: Form) -> torch.export.ExportedProg
     ids = torch.arange(EXAMPLE_BATCH * length, device=device).view(EXAMPLE_BATCH, length) % model.config.vocab_size
     state = model.init_state(EXAMPLE_BATCH)
     weights = _weights(model)
-    program = torch.export.export(
-        WholeProgram(model, form),
-        (weights, ids, state),
-        dynamic_shapes=(
-            dict.fromkeys(weights),
-            {0: DYNAMIC_BATCH} if form == "step" else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH},
-            tuple({name: {0: DYNAMIC_BATCH} for name in layer} for layer in state),
-        ),
-        strict=False,
-        prefer_deferred_runtime_asserts_over_guards=True,
+    shapes = (
+        dict.fromkeys(weights),
+        {0: DYNAMIC_BATCH} if form == "step" else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH},
+        tuple({name: {0: DYNAMIC_BATCH} for name in layer} for layer in state),
     )
+    program = trace(WholeProgram(model, form), (weights, ids, state), shapes)
     program.example_inputs = None  # they hold the weights once more
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):

@@ -86,7 +86,7 @@ class Pt2Runner(Runner):
         logits, present = program(self._weights, torch.from_numpy(ids).to(self.device), state)
         return logits, present
 
-    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int) -> Step:
+    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int, **options: Any) -> Step:
         """As :meth:`Runner.decode_loop`."""
         current = self._check_state(batch_size, state)
 

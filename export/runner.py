@@ -60,6 +60,9 @@ class Runner:
         manifest: of the folder.
     """
 
+    CAN_ALIAS = False
+    """Whether ``decode_loop(..., aliased=True)`` keeps past and present in one buffer."""
+
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -94,7 +97,7 @@ class Runner:
         ids = self._check_ids(input_ids)
         return self._run(ids, self._check_state(ids.shape[0], state))
 
-    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int) -> Step:
+    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int, **options: Any) -> Step:
         """A function token ids ``[B]`` -> logits ``[B, vocab_size]`` (arrays) that carries the state on by itself."""
         raise NotImplementedError
 

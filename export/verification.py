@@ -60,6 +60,10 @@ def verify_folder(folder: Path, model: MoMForCausalLM | None, tolerance: float) 
     checks = [_structure(runner), _recorded(folder, runner, tolerance)]
     if model is not None:
         checks += _against_model(runner, model, tolerance)
+        if runner.manifest["kind"] == "genai":
+            from .genai_verification import genai_checks
+
+            checks += genai_checks(runner, model, tolerance)
     return Report(f"{runner.manifest['target']} artifact", tolerance, tuple(checks))
 
 
@@ -74,7 +78,7 @@ def _structure(runner: Runner) -> Check:
 # ---- the recorded reference ------------------------------------------------------------------------------------------
 
 
-def _tokens(vocab_size: int, batch: int, length: int, seed: int) -> NDArray[np.int64]:
+def random_tokens(vocab_size: int, batch: int, length: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, vocab_size, (batch, length))
 
 
@@ -82,10 +86,10 @@ def record_reference(model: MoMForCausalLM, folder: Path) -> None:
     """Write a small file of tokens and the model's logits: ``verify`` without the checkpoint compares with it."""
     import torch
 
-    ids = _tokens(model.config.vocab_size, 2, 150, seed=1)
+    ids = random_tokens(model.config.vocab_size, 2, 150, seed=1)
     with torch.no_grad():
         out = model(torch.from_numpy(ids))
-    decided = _decided(out.router_logits, model.config.topk)
+    decided = decided_tokens(out.router_logits, model.config.topk)
     logits = out.logits.numpy()[..., :REFERENCE_LOGITS].astype(np.float32)
     positions = np.array([0, 62, 63, 64, 65, 127, 128, 148, 149])
     np.savez(folder / REFERENCE_FILE, ids=ids, positions=positions, logits=logits[:, positions], decided=decided)
@@ -103,13 +107,13 @@ def _recorded(folder: Path, runner: Runner, tolerance: float) -> Check:
     actual = np.concatenate(pieces, 1)[:, positions, : expected.shape[2]]
     use = positions[None] < decided[:, None]
     error = relative(actual[use], expected[use])
-    return _check("logits against the recorded reference", error, tolerance, use)
+    return compared_check("logits against the recorded reference", error, tolerance, use)
 
 
 # ---- against the model -----------------------------------------------------------------------------------------------
 
 
-def _decided(router_logits: Sequence[Any], topk: int) -> NDArray[np.int64]:
+def decided_tokens(router_logits: Sequence[Any], topk: int) -> NDArray[np.int64]:
     """``[B]``: tokens of each row before the first whose routing hangs on less than :data:`ROUTING_MARGIN`.
 
     An exact tie is decided: it goes to the lowest index everywhere.
@@ -151,7 +155,7 @@ def _compare(
     """Relative errors of the logits and of the states of one prefill from a random state, and the tokens compared."""
     import torch
 
-    ids = _tokens(model.config.vocab_size, batch, length, seed)
+    ids = random_tokens(model.config.vocab_size, batch, length, seed)
     start = _random_state(runner, batch, seed)
     with torch.no_grad():
         out = model(
@@ -160,7 +164,7 @@ def _compare(
         )
     logits, present = runner(ids, start)
     logits, state = np.asarray(logits), _state_arrays(present)
-    decided = _decided(out.router_logits, model.config.topk)
+    decided = decided_tokens(out.router_logits, model.config.topk)
     use = np.arange(length)[None] < decided[:, None]
     whole = decided >= length
     expected = _state_arrays(out.state)
@@ -177,52 +181,58 @@ def _against_model(runner: Runner, model: MoMForCausalLM, tolerance: float) -> l
     compared = np.concatenate([use.ravel() for *_, use in results])
     lengths = ", ".join(f"{batch}x{length}" for batch, length in PREFILL_SHAPES)
     return [
-        _check("prefill logits", max(result[0] for result in results), tolerance, compared, lengths),
-        _check("prefill states", max(result[1] for result in results), tolerance, compared, "from random states"),
+        compared_check("prefill logits", max(result[0] for result in results), tolerance, compared, lengths),
+        compared_check(
+            "prefill states", max(result[1] for result in results), tolerance, compared, "from random states"
+        ),
         _decode(runner, model, tolerance),
+        *([_decode(runner, model, tolerance, aliased=True)] if runner.CAN_ALIAS else []),
         _greedy(runner, model, tolerance),
     ]
 
 
-def _check(name: str, error: float, tolerance: float, compared: NDArray[np.bool_], note: str = "") -> Check:
+def compared_check(name: str, error: float, tolerance: float, compared: NDArray[np.bool_], note: str = "") -> Check:
     share = float(compared.mean())
     if share < 1:
         note = f"{note}; {share:.0%} of the tokens: the rest follow a routing that hangs on rounding".lstrip("; ")
     return Check(name, error, error <= tolerance and share >= MIN_COMPARED, note)
 
 
-def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float) -> Check:
-    """Prefill, then 64 steps through swapped buffers, against one pass of the model."""
+def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float, aliased: bool = False) -> Check:
+    """Prefill, then 64 steps through swapped buffers or through shared ones, against one pass of the model."""
     import torch
 
     prompt = 41  # the steps cross position 64
-    ids = _tokens(model.config.vocab_size, 2, prompt + DECODE_STEPS, seed=100)
+    ids = random_tokens(model.config.vocab_size, 2, prompt + DECODE_STEPS, seed=100)
     with torch.no_grad():
         out = model(torch.from_numpy(ids))
-    use = np.arange(prompt, ids.shape[1])[None] < _decided(out.router_logits, model.config.topk)[:, None]
+    use = np.arange(prompt, ids.shape[1])[None] < decided_tokens(out.router_logits, model.config.topk)[:, None]
     _, state = runner(ids[:, :prompt])
-    step = runner.decode_loop(state, 2)
+    step = runner.decode_loop(state, 2, aliased=True) if aliased else runner.decode_loop(state, 2)
     logits = np.stack([step(ids[:, t]).copy() for t in range(prompt, ids.shape[1])], 1)
     error = relative(logits[use], out.logits[:, prompt:].numpy()[use])
-    return _check(f"{DECODE_STEPS} decode steps", error, tolerance, use)
+    name = f"{DECODE_STEPS} decode steps"
+    return compared_check(f"{name}, past and present in one buffer" if aliased else name, error, tolerance, use)
 
 
 def _greedy(runner: Runner, model: MoMForCausalLM, tolerance: float) -> Check:
     """Greedy tokens equal up to the first step whose two best logits are closer than the tolerance."""
     import torch
 
-    prompt = _tokens(model.config.vocab_size, 1, 20, seed=200)
-    actual = np.stack(list(runner.generate(prompt, DECODE_STEPS, eos_token_id=-1)), 1)[0]
-    ids = model.generate(torch.from_numpy(prompt), DECODE_STEPS, eos_token_id=-1)
+    prompt = random_tokens(model.config.vocab_size, 1, 20, seed=200)
+    eos = None if runner.manifest["kind"] == "genai" else -1  # GenAI stops at its own
+    actual = np.stack(list(runner.generate(prompt, DECODE_STEPS, eos_token_id=eos)), 1)[0]
+    ids = model.generate(torch.from_numpy(prompt), DECODE_STEPS, eos_token_id=eos)
     expected = ids[0, prompt.shape[1] :].numpy()
+    steps = len(expected)
     with torch.no_grad():
         out = model(ids[:, :-1])
     logits = out.logits[0, prompt.shape[1] - 1 :]
     best = logits.topk(min(2, logits.shape[-1]), -1).values
     close = (best[:, 0] - best[:, -1]) < tolerance * logits.norm(dim=-1) / logits.shape[-1] ** 0.5
-    undecided = _decided(out.router_logits, model.config.topk)[0] - (prompt.shape[1] - 1)
-    first_close = int(close.int().argmax()) if bool(close.any()) else DECODE_STEPS
-    limit = max(0, min(first_close, int(undecided), DECODE_STEPS))
-    equal = bool((actual[:limit] == expected[:limit]).all())
-    note = f"{limit} tokens" + ("" if limit == DECODE_STEPS else f"; token {limit} hangs on rounding")
+    undecided = decided_tokens(out.router_logits, model.config.topk)[0] - (prompt.shape[1] - 1)
+    first_close = int(close.int().argmax()) if bool(close.any()) else steps
+    limit = max(0, min(first_close, int(undecided), steps))
+    equal = len(actual) >= limit and bool((actual[:limit] == expected[:limit]).all())
+    note = f"{limit} tokens" + ("" if limit == steps else f"; token {limit} hangs on rounding")
     return Check("greedy text", None, equal, note)

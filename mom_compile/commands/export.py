@@ -8,6 +8,7 @@ from typing import Any
 TARGETS = {
     "onnxruntime": "com.microsoft::LinearAttention, fast",
     "portable": "standard ONNX operators only",
+    "genai": "a folder for ONNX Runtime GenAI",
     "pt2": "torch.export programs, operators whole",
 }
 
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.to == "pt2":
         report = export.to_pt2(model, args.target, **options)
+    elif args.to == "genai":
+        report = export.to_genai(model, args.target, **options)
     else:
         report = export.to_onnx(model, args.target, target=args.to, **options)
     print(report)
