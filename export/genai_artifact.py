@@ -12,6 +12,7 @@ from torch import Tensor
 from .._files import write_json
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
+from ..tokenizer import BYTE_VOCAB_SIZE, TOKENIZER_FILE
 from .lowerings import lowerings
 from .onnx_artifact import check_onnx_packages, convert, quiet, save_graphs
 from .program import (
@@ -71,7 +72,9 @@ def to_genai(
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
         io = save_graphs(folder, [("model", GRAPH, lambda: _graph(exact))])
         write_json(folder / CONFIG_FILE, genai_config(exact.config))
-        if tokenizer is not None:
+        if tokenizer is None and exact.config.vocab_size == BYTE_VOCAB_SIZE:
+            write_json(folder / TOKENIZER_FILE, byte_tokenizer_json())
+        if (folder / TOKENIZER_FILE).is_file():
             write_json(folder / "tokenizer_config.json", {"tokenizer_class": TOKENIZER_CLASS})
         return {
             "kind": "genai",
@@ -121,6 +124,27 @@ def genai_config(config: MoMConfig) -> dict[str, Any]:
             },
         },
         "search": {"max_length": 4096, "do_sample": False, "num_beams": 1, "past_present_share_buffer": False},
+    }
+
+
+def byte_tokenizer_json() -> dict[str, Any]:
+    """The byte vocabulary (bytes 0 to 255, then end-of-text) as a byte-level BPE without merges."""
+    # Byte-level BPE writes a byte that is no printable Latin-1 character as one from U+0100 upwards, in order.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    end = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": 256, "content": "<|endoftext|>", **end}],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
 
 
