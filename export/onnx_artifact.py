@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._extras import check_installed
+from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ._onnxruntime import require_onnxruntime
 from .lowerings import lowerings
-from .program import export_program, state_names
+from .onnx_runner import TOUCHED_GRAPH
+from .program import export_program, state_names, touched_names
 from .structure import describe_graph
 from .writing import package_versions, write_artifact
 
@@ -45,9 +47,14 @@ def to_onnx(
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
     The folder holds ``prefill.onnx`` (any batch and length), ``decode.onnx`` (one token), their common ``weights.bin``,
-    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. Inputs ``input_ids`` ``[B, T]``
-    int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]``, ``past_key_values.{i}.recurrent_state``
-    ``[B, M'*HV, K, V]`` float32; outputs ``logits`` ``[B, T, vocab_size]`` and ``present.{i}.*`` in the same shapes.
+    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. For onnxruntime there is also
+    ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
+    ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
+    ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
+
+    Inputs: ``input_ids`` ``[B, T]`` int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]`` and
+    ``past_key_values.{i}.recurrent_state`` ``[B, M'*HV, K, V]`` float32. Outputs: ``logits`` ``[B, T, vocab_size]`` and
+    ``present.{i}.*`` in the same shapes.
 
     Args:
         model: exported in float32; not changed.
@@ -75,7 +82,7 @@ def to_onnx(
         return {
             "kind": "onnx",
             "target": target,
-            "graphs": GRAPHS,
+            "graphs": graph_files(exact.config, target),
             "io": graphs,
             "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
         }
@@ -126,9 +133,15 @@ class _Weights:
 
 
 def _write_graphs(model: MoMForCausalLM, folder: Path, target: str) -> dict[str, Any]:
-    """Both graphs and their weights; returns their description for the manifest."""
-    makers = ((name, file, partial(_graph, model, target, name == "decode")) for name, file in GRAPHS.items())
-    return save_graphs(folder, makers)
+    """The graphs and their weights; returns their description for the manifest."""
+    files = graph_files(model.config, target)
+    return save_graphs(folder, ((name, file, partial(_graph, model, target, name)) for name, file in files.items()))
+
+
+def graph_files(config: MoMConfig, target: str) -> dict[str, str]:
+    """Graph name -> file. The touched decode is for onnxruntime, where a token leaves some memories alone."""
+    touched = target == "onnxruntime" and config.topk < config.num_memories
+    return {**GRAPHS, **({TOUCHED_GRAPH: f"{TOUCHED_GRAPH}.onnx"} if touched else {})}
 
 
 def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]]]) -> dict[str, Any]:
@@ -151,13 +164,18 @@ def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]
     return {name: describe_graph(folder / file) for name, file in files.items()}
 
 
-def _graph(model: MoMForCausalLM, target: str, decode: bool) -> Any:
+def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:
     """One graph as an onnx_ir model."""
-    names = [f"{layer}.{name}" for layer, name in state_names(model.config)]
+    decode, touched = name != "prefill", name == TOUCHED_GRAPH
     with quiet():
-        program = export_program(model, decode, lowerings(target, decode))
-    inputs = {"input_ids": None if decode else "sequence", **dict.fromkeys(f"past_key_values.{n}" for n in names)}
-    outputs = {"logits": None if decode else "sequence", **dict.fromkeys(f"present.{n}" for n in names)}
+        program = export_program(model, decode, lowerings(target, decode), touched)
+    states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
+    present = states
+    if touched:
+        parts = touched_names(model.config).values()
+        present = [f"{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in parts]
+    inputs = {"input_ids": None if decode else "sequence", **dict.fromkeys(f"past_key_values.{n}" for n in states)}
+    outputs = {"logits": None if decode else "sequence", **dict.fromkeys(f"present.{n}" for n in present)}
     return convert(program, inputs, outputs)
 
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from ._onnxruntime import require_onnxruntime
 from .runner import Runner, State, Step
 
+TOUCHED_GRAPH = "decode_touched"
+
 
 class OnnxRunner(Runner):
     """A folder of ``to_onnx``; states are arrays of numpy.
@@ -21,8 +23,6 @@ class OnnxRunner(Runner):
         manifest: of the folder.
         providers: onnxruntime execution providers; None: the CPU's.
     """
-
-    CAN_ALIAS = True
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], providers: Sequence[str] | None = None) -> None:
         super().__init__(folder, manifest)
@@ -100,13 +100,22 @@ class OnnxRunner(Runner):
         )
 
     def decode_loop(  # type: ignore[override]
-        self, state: Sequence[Mapping[str, Any]], batch_size: int, aliased: bool = False
+        self,
+        state: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        aliased: bool = False,
+        touched: bool | None = None,
     ) -> Step:
         """As :meth:`Runner.decode_loop`.
 
         Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
-        ``aliased``: one set, in which every present state overwrites its past.
+        ``aliased``: one set, in which every present state overwrites its past. ``touched``: one set, of which only the
+        memories that a token selected are written; None: where the artifact has that graph and the CPU runs it.
         """
+        if touched is None:
+            touched = self.has_touched_decode and not aliased and self._providers == ["CPUExecutionProvider"]
+        if touched:
+            return self._touched_loop(state, batch_size)
         session, runtime = self._session(self._graph_name(1)), self._runtime
         feeds = self._feeds(self._check_state(batch_size, state))
         sets = [
@@ -133,5 +142,57 @@ class OnnxRunner(Runner):
             session.run_with_iobinding(bindings[steps % 2])
             steps += 1
             return logits.numpy()[:, 0]
+
+        return step
+
+    def decode_ways(self) -> dict[str, dict[str, Any]]:
+        """As :meth:`Runner.decode_ways`."""
+        ways: dict[str, dict[str, Any]] = {
+            "": {"touched": False},
+            "past and present in one buffer": {"aliased": True},
+        }
+        if self.has_touched_decode:
+            ways["touched memories written back"] = {"touched": True}
+        return ways
+
+    @property
+    def has_touched_decode(self) -> bool:
+        """Whether the artifact has a decode graph that gives only the memories a token selected."""
+        return TOUCHED_GRAPH in self.manifest["graphs"]
+
+    def _touched_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int) -> Step:
+        if not self.has_touched_decode:
+            raise ValueError(
+                f"touched must be False for this artifact, got True; it has no {TOUCHED_GRAPH} graph: export with "
+                "--to onnxruntime a model with topk < num_memories"
+            )
+        session, runtime = self._session(TOUCHED_GRAPH), self._runtime
+        # An OrtValue on the CPU is the memory of its array: what is written into the array, the next step reads.
+        whole = {name: array.copy() for name, array in self._feeds(self._check_state(batch_size, state)).items()}
+        ids = np.zeros((batch_size, 1), np.int64)
+        binding = session.io_binding()
+        for name, array in {"input_ids": ids, **whole}.items():
+            binding.bind_ortvalue_input(name, runtime.OrtValue.ortvalue_from_numpy(array))
+        outputs = {}
+        for value in session.get_outputs():
+            dtype = np.int64 if value.type == "tensor(int64)" else np.float32
+            outputs[value.name] = np.zeros((batch_size, *value.shape[1:]), dtype)
+            binding.bind_ortvalue_output(value.name, runtime.OrtValue.ortvalue_from_numpy(outputs[value.name]))
+        rows = np.arange(batch_size)[:, None]
+        writes = []
+        for name, array in whole.items():
+            layer, state_name = name.split(".")[1:]
+            memories = self._shapes[state_name][0]
+            index = outputs[f"present.{layer}.touched_index"]
+            part = outputs[f"present.{layer}.touched_{state_name.removeprefix('recurrent_')}"]
+            target = array.reshape(batch_size, memories, -1)  # a view: the array is contiguous
+            writes.append((target, index, part.reshape(batch_size, index.shape[1], -1)))
+
+        def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
+            ids[:, 0] = tokens
+            session.run_with_iobinding(binding)
+            for target, index, part in writes:
+                target[rows, index] = part
+            return outputs["logits"][:, 0]
 
         return step

@@ -60,9 +60,6 @@ class Runner:
         manifest: of the folder.
     """
 
-    CAN_ALIAS = False
-    """Whether ``decode_loop(..., aliased=True)`` keeps past and present in one buffer."""
-
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -100,6 +97,10 @@ class Runner:
     def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int, **options: Any) -> Step:
         """A function token ids ``[B]`` -> logits ``[B, vocab_size]`` (arrays) that carries the state on by itself."""
         raise NotImplementedError
+
+    def decode_ways(self) -> dict[str, dict[str, Any]]:
+        """The ways in which :meth:`decode_loop` can keep its state: description -> options. All are verified."""
+        return {"": {}}
 
     def check_structure(self) -> None:
         """Raise ValueError unless the files have the names, shapes and operators of the contract."""

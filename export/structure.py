@@ -34,28 +34,41 @@ def expected_io(
     Args:
         config: of the model.
         shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
-        graph: ``prefill``, ``decode``, or GenAI's ``model``, which has an attention mask and always a ``conv_state``.
+        graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone, or GenAI's
+            ``model``, which has an attention mask and always a ``conv_state``.
     """
-    length: int | str = 1 if graph == "decode" else "sequence"
+    length: int | str = 1 if graph.startswith("decode") else "sequence"
     flat = {name: (shape[0] * shape[1], *shape[2:]) for name, shape in shapes.items()}
     if graph == "model":
         flat = {"conv_state": (1, 1), **flat}
 
-    def state(prefix: str) -> list[dict[str, Any]]:
+    def state(prefix: str, entries: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
         return [
-            {"name": f"{prefix}.{layer}.{name}", "dtype": "float32", "shape": ["batch", *shape]}
+            {
+                "name": f"{prefix}.{layer}.{name}",
+                "dtype": "int64" if name == "touched_index" else "float32",
+                "shape": ["batch", *shape],
+            }
             for layer in range(config.num_hidden_layers)
-            for name, shape in flat.items()
+            for name, shape in entries.items()
         ]
 
+    present = flat
+    if graph == "decode_touched":
+        selected = config.topk + config.shared_mem
+        present = {
+            "touched_" + name.removeprefix("recurrent_"): (selected * shape[1], *shape[2:])
+            for name, shape in shapes.items()
+        }
+        present["touched_index"] = (selected,)
     inputs: list[dict[str, Any]] = [{"name": "input_ids", "dtype": "int64", "shape": ["batch", length]}]
     if graph == "model":
         inputs.append({"name": "attention_mask", "dtype": "int64", "shape": ["batch", "total_sequence"]})
     return {
-        "inputs": inputs + state("past_key_values"),
+        "inputs": inputs + state("past_key_values", flat),
         "outputs": [
             {"name": "logits", "dtype": "float32", "shape": ["batch", length, config.vocab_size]},
-            *state("present"),
+            *state("present", present),
         ],
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,8 +185,7 @@ def _against_model(runner: Runner, model: MoMForCausalLM, tolerance: float) -> l
         compared_check(
             "prefill states", max(result[1] for result in results), tolerance, compared, "from random states"
         ),
-        _decode(runner, model, tolerance),
-        *([_decode(runner, model, tolerance, aliased=True)] if runner.CAN_ALIAS else []),
+        *(_decode(runner, model, tolerance, way, options) for way, options in runner.decode_ways().items()),
         _greedy(runner, model, tolerance),
     ]
 
@@ -198,8 +197,8 @@ def compared_check(name: str, error: float, tolerance: float, compared: NDArray[
     return Check(name, error, error <= tolerance and share >= MIN_COMPARED, note)
 
 
-def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float, aliased: bool = False) -> Check:
-    """Prefill, then 64 steps through swapped buffers or through shared ones, against one pass of the model."""
+def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float, way: str, options: Mapping[str, Any]) -> Check:
+    """Prefill, then 64 steps in one of the runner's ways to keep the state, against one pass of the model."""
     import torch
 
     prompt = 41  # the steps cross position 64
@@ -208,11 +207,10 @@ def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float, aliased: bo
         out = model(torch.from_numpy(ids))
     use = np.arange(prompt, ids.shape[1])[None] < decided_tokens(out.router_logits, model.config.topk)[:, None]
     _, state = runner(ids[:, :prompt])
-    step = runner.decode_loop(state, 2, aliased=True) if aliased else runner.decode_loop(state, 2)
+    step = runner.decode_loop(state, 2, **options)
     logits = np.stack([step(ids[:, t]).copy() for t in range(prompt, ids.shape[1])], 1)
     error = relative(logits[use], out.logits[:, prompt:].numpy()[use])
-    name = f"{DECODE_STEPS} decode steps"
-    return compared_check(f"{name}, past and present in one buffer" if aliased else name, error, tolerance, use)
+    return compared_check(f"{DECODE_STEPS} decode steps{way and ', '}{way}", error, tolerance, use)
 
 
 def _greedy(runner: Runner, model: MoMForCausalLM, tolerance: float) -> Check:
