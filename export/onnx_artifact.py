@@ -22,6 +22,7 @@ from ..model import MoMForCausalLM
 from ._onnxruntime import require_onnxruntime
 from .lowerings import lowerings
 from .onnx_runner import TOUCHED_GRAPH
+from .precision import TOLERANCES, check_precision, lower_precision
 from .program import export_program, state_names, touched_names
 from .structure import describe_graph
 from .writing import package_versions, write_artifact
@@ -42,7 +43,8 @@ def to_onnx(
     directory: str | os.PathLike[str],
     target: str = "onnxruntime",
     tokenizer: str | os.PathLike[str] | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
+    precision: str = "float32",
 ) -> Report:
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
@@ -61,27 +63,34 @@ def to_onnx(
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
         target: ``onnxruntime`` (com.microsoft::LinearAttention, fast) or ``portable`` (standard operators only).
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
-        tolerance: largest relative error of logits and states against the PyTorch model.
+        tolerance: largest relative error of logits and states against the PyTorch model. None: 1e-4; below float32,
+            with the same routing, 2e-2 for float16 and int8, 0.3 for int4.
+        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone). Inputs, outputs,
+            states, the router's projection and the log decay are float32 in all of them.
 
     Returns:
         What was compared, with the errors; see :class:`mom_compile.report.Report`.
 
     Raises:
-        ValueError: an unknown target, a folder that holds something else, or an artifact that missed its tolerance
-            (nothing is left behind).
+        ValueError: an unknown target or precision, a folder that holds something else, or an artifact that missed its
+            tolerance (nothing is left behind).
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
+    check_precision(precision, target)
+    if tolerance is None:
+        tolerance = TOLERANCES[precision]
     runtime = check_onnx_packages()
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
-        graphs = _write_graphs(exact, folder, target)
+        graphs = _write_graphs(exact, folder, target, precision)
         run_py = resources.files(__package__ or "").joinpath("run_template.py").read_text(encoding="utf-8")
         (folder / "run.py").write_text(run_py, encoding="utf-8")
         return {
             "kind": "onnx",
             "target": target,
+            "precision": precision,
             "graphs": graph_files(exact.config, target),
             "io": graphs,
             "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
@@ -132,10 +141,14 @@ class _Weights:
         self._file.close()
 
 
-def _write_graphs(model: MoMForCausalLM, folder: Path, target: str) -> dict[str, Any]:
+def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: str) -> dict[str, Any]:
     """The graphs and their weights; returns their description for the manifest."""
     files = graph_files(model.config, target)
-    return save_graphs(folder, ((name, file, partial(_graph, model, target, name)) for name, file in files.items()))
+
+    def make(name: str) -> Any:
+        return lower_precision(_graph(model, target, name), precision)
+
+    return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
 
 
 def graph_files(config: MoMConfig, target: str) -> dict[str, str]:

@@ -52,7 +52,7 @@ def write_artifact(
     with atomic_directory(folder, keep=False) as staging:
         kind = _write_tokenizer(staging, tokenizer, model.config.vocab_size)
         entries = dict(write_files(exact, staging))
-        record_reference(exact, staging)
+        record_reference(exact, staging, entries.get("precision", "float32"))
         versions = {
             **package_versions("mom-compile", "torch"),
             "python": platform.python_version(),

@@ -82,8 +82,9 @@ def _token(
     pool = torch.arange(batch, device=x.device).unsqueeze(1) * memories + memory  # [B, k'] in the flattened states
     group = torch.zeros_like(memory) if config.single_kv_proj else memory
 
-    kv = torch.unflatten(F.linear(x[:, 0], layer.kv_proj.flatten(0, 1)), 1, (layer.kv_proj.shape[0], -1))
-    q = layer.q_proj(x[:, 0]).unsqueeze(1).expand(batch, choices, layer.key_size)
+    # On [B, 1, D], as the other forms: exporters then keep one layout of a weight.
+    kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1))[:, 0], 1, (layer.kv_proj.shape[0], -1))
+    q = layer.q_proj(x).expand(batch, choices, layer.key_size)
     qkv = torch.cat([q, _pick(kv, group)], 2)  # [B, k', C]
     new_state: LayerState = {"touched_index": memory} if touched else {}
     if config.use_short_conv:

@@ -22,7 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="onnxruntime",
         help="; ".join(f"{name}: {summary}" for name, summary in TARGETS.items()),
     )
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative error (default 1e-4)")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "float16", "int8", "int4"],
+        default="float32",
+        help="of --to onnxruntime; int8 and int4: the weights alone (default float32)",
+    )
+    parser.add_argument("--tolerance", type=float, help="largest relative error (default 1e-4, more below float32)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,14 +41,16 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = Path(args.checkpoint) / "tokenizer.json"
     options: dict[str, Any] = {
         "tokenizer": tokenizer if tokenizer.is_file() else None,
-        "tolerance": args.tolerance,
+        **({} if args.tolerance is None else {"tolerance": args.tolerance}),
     }
+    if args.precision != "float32" and args.to in ("pt2", "genai"):
+        raise ValueError(f"--precision must be float32 for --to {args.to}, got {args.precision}; use --to onnxruntime")
     if args.to == "pt2":
         report = export.to_pt2(model, args.target, **options)
     elif args.to == "genai":
         report = export.to_genai(model, args.target, **options)
     else:
-        report = export.to_onnx(model, args.target, target=args.to, **options)
+        report = export.to_onnx(model, args.target, target=args.to, precision=args.precision, **options)
     print(report)
     print(f"{args.target}: {args.to}, largest relative error {report.error:.1e}")
     return 0
