@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .._extras import check_installed
@@ -210,9 +211,34 @@ def convert(
         )
     assert onnx_program is not None
     result = onnx_program.model
+    _fold_weights(result.graph)
     _name_axes(result.graph, {**inputs, **outputs})
     _strip(result)
     return result
+
+
+def _fold_weights(graph: Any) -> None:
+    """Store each weight as its product reads it: a runtime would lay it out anew in every session, in a copy each."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        values = [None if value is None else value.const_value for value in node.inputs]
+        if node.op_type not in ("Reshape", "Transpose") or None in values:
+            continue
+        data = values[0].numpy()
+        if node.op_type == "Reshape":
+            data = data.reshape([size or data.shape[axis] for axis, size in enumerate(values[1].numpy().tolist())])
+        else:
+            data = data.transpose(node.attributes["perm"].as_ints())
+        old = node.outputs[0]
+        new = ir.Value(name=f"{old.name}_weight", type=old.type, shape=ir.Shape(data.shape))
+        new.const_value = ir.tensor(np.ascontiguousarray(data), name=new.name)
+        graph.register_initializer(new)
+        ir.convenience.replace_all_uses_with(old, new)
+        graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
 
 
 def _name_axes(graph: Any, axes: Mapping[str, str | None]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 # Precision -> largest relative error of the logits with the same routing. Weights of 4 bits are themselves off by 5 to
 # 10 %, which a model of random weights passes on undiminished; judge a trained one by its bits per byte.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-2, "int4": 3e-1}
-BLOCK_SIZES = {"int8": 32, "int4": 16}  # weights that share a scale
+BLOCK_SIZE = 16  # weights that share a scale and a zero point
 # Sums of squares overflow float16; the memory rule, its state and its decay stay float32.
+_FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
 _FLOAT32_OPERATORS = ("LinearAttention", "Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal")
 
 
@@ -27,12 +28,18 @@ def check_precision(precision: str, target: str) -> None:
 def lower_precision(model: Any, precision: str) -> Any:
     """An onnx_ir model in another precision; the router's and the decay's path stays float32, as do inputs and outputs.
 
-    float16: weights and activations. int8, int4: the weights of matrix products alone, in blocks of BLOCK_SIZES.
+    float16: weights and activations. int8, int4: the weights of matrix products alone, in blocks of 16.
     """
     import onnx_ir as ir
 
     if precision == "float32":
         return model
+    floats = {
+        value.name
+        for node in model.graph
+        for value in node.outputs
+        if value.type is not None and value.dtype == ir.DataType.FLOAT
+    }
     proto = ir.to_proto(model)
     for index, node in enumerate(proto.graph.node):
         node.name = node.name or f"node_{index}"
@@ -42,20 +49,18 @@ def lower_precision(model: Any, precision: str) -> Any:
     if precision == "float16":
         from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-        proto = convert_float_to_float16(
-            proto,
-            keep_io_types=True,
-            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS],
-            node_block_list=[*router, *_norm_additions(proto.graph)],
-        )
+        kept = [*router, *_norm_additions(proto.graph)]
+        operators = [*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS]
+        proto = convert_float_to_float16(proto, keep_io_types=True, op_block_list=operators, node_block_list=kept)
+        _join_float32(proto.graph, floats, kept, operators)
     else:
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         quantizer = MatMulNBitsQuantizer(
             proto,
             bits=int(precision.removeprefix("int")),
-            block_size=BLOCK_SIZES[precision],
-            is_symmetric=precision == "int8",
+            block_size=BLOCK_SIZE,
+            is_symmetric=False,
             nodes_to_exclude=router,
         )
         quantizer.process()
@@ -64,6 +69,28 @@ def lower_precision(model: Any, precision: str) -> Any:
     result = ir.from_proto(proto)
     result.graph.sort()  # the tools append their nodes at the end
     return result
+
+
+def _join_float32(graph: Any, floats: set[str], kept: Collection[str], operators: Collection[str]) -> None:
+    """Take the detour through float16 out from between two nodes that both stayed float32: the tool puts one there.
+
+    ``floats``: the values that were float32 before; ``kept``, ``operators``: what stayed so.
+    """
+    float32 = {value.name for value in graph.input} | {x.name for x in graph.initializer if x.data_type == _FLOAT}
+    for node in graph.node:
+        if node.name in kept or node.op_type in operators:
+            float32.update(floats.intersection(node.output))
+    source = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Cast" and node.attribute[0].i == _FLOAT16 and node.input[0] in float32
+    }
+    for node in graph.node:
+        if node.op_type == "Cast" and node.attribute[0].i == _FLOAT:
+            origin = source.get(node.input[0], node.input[0])
+            if origin in float32:
+                node.op_type, node.input[0] = "Identity", origin
+                del node.attribute[:]
 
 
 def _norm_additions(graph: Any) -> Iterator[str]:

@@ -47,7 +47,7 @@ def test_parity_and_size(precision: str, model: MoMForCausalLM, exported: Maker)
     assert "100.00% of the choices" in checks["routing agreement"]["note"]
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     fixed = 4 * model.model.embeddings.weight.numel()  # weight-only quantization leaves the embedding alone
-    share = {"float16": 0.5, "int8": 0.32, "int4": 0.25}[precision]
+    share = {"float16": 0.5, "int8": 0.35, "int4": 0.25}[precision]
     size = (folder / "weights.bin").stat().st_size
     assert size < (weights * share if precision == "float16" else fixed + (weights - fixed) * share) + 64 * 1024
 
@@ -61,9 +61,12 @@ def test_the_router_stays_float32(precision: str, exported: Maker) -> None:
         path = set(_router_path(graph))
         projections = [node for node in graph.node if node.name in path and node.op_type in ("MatMul", "Gemm")]
         weights = {tensor.name: tensor for tensor in graph.initializer}
-        found = [weights[node.input[1]] for node in projections if node.input[1] in weights]
+        behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
+        found = [weights[behind.get(node.input[1], node.input[1])] for node in projections]
         assert len(found) == 1 and found[0].data_type == onnx.TensorProto.FLOAT
         assert "Softplus" in {node.op_type for node in graph.node if node.name in path}
+        half = {n.output[0] for n in graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT16}
+        assert not any(half.intersection(node.input) for node in graph.node if node.name in path)
         quantized = [node for node in graph.node if node.op_type == "MatMulNBits"]
         assert bool(quantized) == precision.startswith("int")
         for value in (*graph.input[1:], *graph.output):
