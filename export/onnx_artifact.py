@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import os
-import platform
-import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata, resources
+from functools import partial
+from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .._extras import check_installed
-from .._files import atomic_directory
+from ..config import MoMConfig
 from ..model import MoMForCausalLM
-from ..state import layer_shapes
-from ..tokenizer import BYTE_VOCAB_SIZE
 from ._onnxruntime import require_onnxruntime
-from .artifact import is_artifact, write_manifest
 from .lowerings import lowerings
-from .program import export_program, state_names
+from .onnx_runner import TOUCHED_GRAPH
+from .precision import TOLERANCES, check_precision, lower_precision
+from .program import export_program, state_names, touched_names
 from .structure import describe_graph
+from .writing import package_versions, write_artifact
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -44,90 +44,70 @@ def to_onnx(
     directory: str | os.PathLike[str],
     target: str = "onnxruntime",
     tokenizer: str | os.PathLike[str] | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
+    precision: str = "float32",
 ) -> Report:
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
     The folder holds ``prefill.onnx`` (any batch and length), ``decode.onnx`` (one token), their common ``weights.bin``,
-    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. Inputs ``input_ids`` ``[B, T]``
-    int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]``, ``past_key_values.{i}.recurrent_state``
-    ``[B, M'*HV, K, V]`` float32; outputs ``logits`` ``[B, T, vocab_size]`` and ``present.{i}.*`` in the same shapes.
+    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. For onnxruntime there is also
+    ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
+    ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
+    ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
+
+    Inputs: ``input_ids`` ``[B, T]`` int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]`` and
+    ``past_key_values.{i}.recurrent_state`` ``[B, M'*HV, K, V]`` float32. Outputs: ``logits`` ``[B, T, vocab_size]`` and
+    ``present.{i}.*`` in the same shapes.
 
     Args:
         model: exported in float32; not changed.
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
         target: ``onnxruntime`` (com.microsoft::LinearAttention, fast) or ``portable`` (standard operators only).
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
-        tolerance: largest relative error of logits and states against the PyTorch model.
+        tolerance: largest relative error of logits and states against the PyTorch model. None: 1e-4; below float32,
+            with the same routing, 2e-2 for float16 and int8, 0.3 for int4.
+        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone). Inputs, outputs,
+            states, the router's projection and the log decay are float32 in all of them.
 
     Returns:
         What was compared, with the errors; see :class:`mom_compile.report.Report`.
 
     Raises:
-        ValueError: an unknown target, a folder that holds something else, or an artifact that missed its tolerance
-            (nothing is left behind).
+        ValueError: an unknown target or precision, a folder that holds something else, or an artifact that missed its
+            tolerance (nothing is left behind).
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
-    from .verification import record_reference, verify_folder
-
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
-    check_installed(("onnx", "onnxscript", "onnx_ir"), "onnx")
-    runtime = require_onnxruntime()
-    folder = Path(directory)
-    if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder):
-        raise ValueError(f"directory must be new, empty or an artifact, got {str(folder)!r} with other files in it")
-    exact = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    with atomic_directory(folder, keep=False) as staging:
-        kind = _write_tokenizer(staging, tokenizer, model.config.vocab_size)
-        graphs = _write_graphs(exact, staging, target)
+    check_precision(precision, target)
+    if tolerance is None:
+        tolerance = TOLERANCES[precision]
+    runtime = check_onnx_packages()
+
+    def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
+        graphs = _write_graphs(exact, folder, target, precision)
         run_py = resources.files(__package__ or "").joinpath("run_template.py").read_text(encoding="utf-8")
-        (staging / "run.py").write_text(run_py, encoding="utf-8")
-        record_reference(exact, staging)
-        manifest = {
+        (folder / "run.py").write_text(run_py, encoding="utf-8")
+        return {
             "kind": "onnx",
             "target": target,
-            "config": exact.config.to_dict(),
-            "graphs": GRAPHS,
-            "state": [
-                {"name": name, "shape": list(shape[1:])} for name, shape in layer_shapes(exact.config, 1).items()
-            ],
-            "tokenizer": kind,
+            "precision": precision,
+            "graphs": graph_files(exact.config, target),
             "io": graphs,
-            "schemas_sha256": hashlib.sha256(
-                resources.files("mom_compile.ops").joinpath("schemas.txt").read_bytes()
-            ).hexdigest(),
-            "versions": _versions(runtime),
-            "tolerance": tolerance,
+            "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
         }
-        write_manifest(staging, manifest)
-        report = verify_folder(staging, exact, tolerance)
-        if not report.passed:
-            raise ValueError(
-                f"the artifact must agree with the model to {tolerance:g}, got\n{report}\n"
-                "nothing was written; raise the tolerance only if these errors are acceptable"
-            )
-        write_manifest(staging, {**manifest, "parity": report.to_dict()})
-    return report
+
+    return write_artifact(model, directory, tokenizer, tolerance, write_files)
 
 
-def _versions(runtime: Any) -> dict[str, str]:
-    names = ("mom-compile", "torch", "onnx", "onnxscript")
-    return {
-        **{name: metadata.version(name) for name in names},
-        "onnxruntime": runtime.__version__,
-        "python": platform.python_version(),
-    }
+def check_onnx_packages() -> ModuleType:
+    """onnxruntime, once everything that an export needs is known to be there.
 
-
-def _write_tokenizer(folder: Path, tokenizer: str | os.PathLike[str] | None, vocab_size: int) -> str:
-    if tokenizer is not None:
-        source = Path(tokenizer)
-        if not source.is_file():
-            raise ValueError(f"tokenizer must be a tokenizer.json file, got {str(source)!r}; pass its path")
-        shutil.copyfile(source, folder / "tokenizer.json")
-        return "tokenizers"
-    return "byte" if vocab_size == BYTE_VOCAB_SIZE else "none"
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+    """
+    check_installed(("onnx", "onnxscript", "onnx_ir"), "onnx")
+    return require_onnxruntime()
 
 
 class _Weights:
@@ -162,58 +142,117 @@ class _Weights:
         self._file.close()
 
 
-def _write_graphs(model: MoMForCausalLM, folder: Path, target: str) -> dict[str, Any]:
-    """Both graphs and their weights; returns their description for the manifest."""
+def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: str) -> dict[str, Any]:
+    """The graphs and their weights; returns their description for the manifest."""
+    files = graph_files(model.config, target)
+
+    def make(name: str) -> Any:
+        return lower_precision(_graph(model, target, name), precision)
+
+    return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
+
+
+def graph_files(config: MoMConfig, target: str) -> dict[str, str]:
+    """Graph name -> file. The touched decode is for onnxruntime, where a token leaves some memories alone."""
+    touched = target == "onnxruntime" and config.topk < config.num_memories
+    return {**GRAPHS, **({TOUCHED_GRAPH: f"{TOUCHED_GRAPH}.onnx"} if touched else {})}
+
+
+def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]]]) -> dict[str, Any]:
+    """Save (name, file, maker of an onnx_ir model) over one weights file; returns their description by name."""
     import onnx_ir as ir
 
     weights = _Weights(folder / WEIGHTS_FILE)
+    files = {}
     try:
-        for name, file in GRAPHS.items():
-            graph_model = _graph(model, target, decode=name == "decode")
+        for name, file, make in graphs:
+            graph_model = make()
             graph_model.graph.name = f"mom_{name}"
             for value in graph_model.graph.initializers.values():
                 if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
                     value.const_value = weights.place(value.const_value)
             ir.save(graph_model, folder / file)
+            files[name] = file
     finally:
         weights.close()
-    return {name: describe_graph(folder / file) for name, file in GRAPHS.items()}
+    return {name: describe_graph(folder / file) for name, file in files.items()}
 
 
-def _graph(model: MoMForCausalLM, target: str, decode: bool) -> Any:
+def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:
     """One graph as an onnx_ir model."""
-    names = [f"{layer}.{name}" for layer, name in state_names(model.config)]
-    with _quiet():
-        program = export_program(model, decode, lowerings(target, decode))
+    decode, touched = name != "prefill", name == TOUCHED_GRAPH
+    with quiet():
+        program = export_program(model, decode, lowerings(target, decode), touched)
+    states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
+    present = states
+    if touched:
+        parts = touched_names(model.config).values()
+        present = [f"{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in parts]
+    inputs = {"input_ids": None if decode else "sequence", **dict.fromkeys(f"past_key_values.{n}" for n in states)}
+    outputs = {"logits": None if decode else "sequence", **dict.fromkeys(f"present.{n}" for n in present)}
+    return convert(program, inputs, outputs)
+
+
+def convert(
+    program: torch.export.ExportedProgram, inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]
+) -> Any:
+    """An exported program as an onnx_ir model.
+
+    ``inputs`` and ``outputs``: name -> name of the symbolic axis 1, None where that axis is fixed. Axis 0 is the batch.
+    """
+    with quiet():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["input_ids", *(f"past_key_values.{name}" for name in names)],
-            output_names=["logits", *(f"present.{name}" for name in names)],
+            input_names=list(inputs),
+            output_names=list(outputs),
             verbose=False,
         )
     assert onnx_program is not None
     result = onnx_program.model
-    _name_axes(result.graph, decode)
+    _fold_weights(result.graph)
+    _name_axes(result.graph, {**inputs, **outputs})
     _strip(result)
     return result
 
 
-def _name_axes(graph: Any, decode: bool) -> None:
+def _fold_weights(graph: Any) -> None:
+    """Store each weight as its product reads it: a runtime would lay it out anew in every session, in a copy each."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        values = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+        if node.op_type not in ("Reshape", "Transpose") or len(values) < len(node.inputs):
+            continue
+        data = values[0].numpy()
+        if node.op_type == "Reshape":
+            data = data.reshape([size or data.shape[axis] for axis, size in enumerate(values[1].numpy().tolist())])
+        else:
+            data = data.transpose(node.attributes["perm"].as_ints())
+        old = node.outputs[0]
+        new = ir.Value(name=f"{old.name}_weight", type=old.type, shape=ir.Shape(data.shape))
+        new.const_value = ir.tensor(np.ascontiguousarray(data), name=new.name)
+        graph.register_initializer(new)
+        ir.convenience.replace_all_uses_with(old, new)
+        graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def _name_axes(graph: Any, axes: Mapping[str, str | None]) -> None:
     """Name the symbolic axes of inputs and outputs, and forget those of intermediate values."""
     import onnx_ir as ir
 
     # The exporter's own names (s56, 64*((s70+63)//64)) mean nothing to a reader; a runtime infers the inner shapes.
-    outer = [*graph.inputs, *graph.outputs]
     for node in graph.all_nodes():
         for value in node.outputs:
             if value not in graph.outputs and value.shape is not None and any(map(_is_symbolic, value.shape)):
                 value.shape = None
-    for value in outer:
-        sequence_axis = 1 if value.name in ("input_ids", "logits") else None
+    for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(
-            "batch" if axis == 0 else "sequence" if axis == sequence_axis and not decode else size
+            "batch" if axis == 0 else axes[value.name] or size if axis == 1 else size
             for axis, size in enumerate(value.shape)
         )
 
@@ -250,7 +289,7 @@ def _graphs(graph: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's notes on packages and symbols that concern nobody here."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
+from ..mom_attention import Form
 from ..state import layer_shapes
 
-MAX_BATCH, MAX_LENGTH = 4096, 1 << 20
+DYNAMIC_BATCH = torch.export.Dim("batch", min=1, max=4096)
+DYNAMIC_LENGTH = torch.export.Dim("length", min=1, max=1 << 20)
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70  # longer than one chunk: an example inside it would freeze the graph to one
 
 
@@ -27,6 +29,12 @@ def flat_shapes(config: MoMConfig, batch_size: int) -> dict[str, tuple[int, ...]
     return {
         name: (shape[0], shape[1] * shape[2], *shape[3:]) for name, shape in layer_shapes(config, batch_size).items()
     }
+
+
+def touched_names(config: MoMConfig) -> dict[str, str]:
+    """Name in the whole state -> name of its touched part, in graph order; the index has no whole state."""
+    names = {"conv_state": "touched_conv_state"} if config.use_short_conv else {}
+    return {**names, "recurrent_state": "touched_state", "": "touched_index"}
 
 
 class _Replace(TorchFunctionMode):
@@ -54,14 +62,39 @@ class StateProgram(nn.Module):
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """input_ids ``[B, T]``, past as :func:`flat_shapes`; logits ``[B, T, vocab_size]``."""
+        return self.run(input_ids, past, None)
+
+    def run(self, input_ids: Tensor, past: list[Tensor], valid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`forward` with an optional mask ``[B, T]``."""
+        logits, present = self.run_form(input_ids, past, valid, "portable")
+        return logits, [present[layer][name].flatten(1, 2) for layer, name in self.names]
+
+    def run_form(
+        self, input_ids: Tensor, past: list[Tensor], valid: Tensor | None, form: Form
+    ) -> tuple[Tensor, Sequence[Mapping[str, Tensor]]]:
+        """The model in one of its forms, with the lowerings; the states as the form gives them."""
         memories = self.model.config.total_memories
         state: list[dict[str, Tensor]] = [{} for _ in range(self.model.config.num_hidden_layers)]
         for (layer, name), tensor in zip(self.names, past, strict=True):
             state[layer][name] = tensor.unflatten(1, (memories, -1))
         with _Replace(self.lowerings):
-            out = self.model(input_ids, state=tuple(state), form="portable")
+            out = self.model(input_ids, state=tuple(state), attention_mask=valid, form=form)
         assert out.logits is not None
-        return out.logits, [out.state[layer][name].flatten(1, 2) for layer, name in self.names]
+        return out.logits, out.state
+
+
+class TouchedProgram(StateProgram):
+    """One token in, of the new state only what it wrote: the memories it selected, and which they are."""
+
+    def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """input_ids ``[B, 1]``, past as :func:`flat_shapes`; per layer the entries of :func:`touched_names`."""
+        logits, present = self.run_form(input_ids, past, None, "touched")
+        names = touched_names(self.model.config)
+        return logits, [
+            values[name] if name == "touched_index" else values[name].flatten(1, 2)
+            for values in present
+            for name in names.values()
+        ]
 
 
 def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tensor, list[Tensor]]:
@@ -75,23 +108,27 @@ def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tens
 
 
 def export_program(
-    model: MoMForCausalLM, decode: bool, lowerings: Mapping[Any, Callable[..., Any]]
+    model: MoMForCausalLM, decode: bool, lowerings: Mapping[Any, Callable[..., Any]], touched: bool = False
 ) -> torch.export.ExportedProgram:
-    """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram."""
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    length = torch.export.Dim("length", min=1, max=MAX_LENGTH)
+    """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram.
+
+    ``touched``: the decode program that gives only the touched part of the state, see TouchedProgram.
+    """
     ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else EXAMPLE_LENGTH)
-    ids_shape: dict[int, Any] = {0: batch} if decode else {0: batch, 1: length}
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            return torch.export.export(
-                StateProgram(model.eval(), lowerings),
-                (ids, past),
-                dynamic_shapes=(ids_shape, [{0: batch}] * len(past)),
-                strict=False,
-                # conv1d compares strides for channels-last; the comparison always holds but cannot be proved.
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-    finally:
-        model.train(was_training)
+    ids_shape: dict[int, Any] = {0: DYNAMIC_BATCH} if decode else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
+    shapes = (ids_shape, [{0: DYNAMIC_BATCH}] * len(past))
+    program = TouchedProgram if touched else StateProgram
+    return trace(program(model.eval(), lowerings), (ids, past), shapes)
+
+
+def trace(program: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    """torch.export as every target needs it."""
+    with torch.no_grad():
+        return torch.export.export(
+            program,
+            inputs,
+            dynamic_shapes=dynamic_shapes,
+            strict=False,
+            # conv1d compares strides for channels-last; the comparison always holds but cannot be proved.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )

@@ -1,4 +1,4 @@
-"""Running an ONNX artifact with numpy and onnxruntime alone."""
+"""Opening an artifact, and what its runners share: checks, the state, sampling. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,34 +12,47 @@ from numpy.typing import NDArray
 
 from ..config import MoMConfig
 from ..sampling import check_sampling, sample
-from ._onnxruntime import require_onnxruntime
 from .artifact import read_manifest
 
-LayerState = dict[str, NDArray[Any]]
+LayerState = dict[str, Any]
 State = tuple[LayerState, ...]
+Step = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 PREFILL_TOKENS = 4096
 """Tokens of one prefill call; longer prompts go through in pieces."""
+KINDS = ("onnx", "pt2", "genai")
 
 
-def load(directory: str | os.PathLike[str], providers: Sequence[str] | None = None) -> OnnxRunner:
+def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
     """Open an artifact folder.
 
     Args:
-        directory: written by ``to_onnx``.
-        providers: onnxruntime execution providers; the CPU's by default.
+        directory: written by one of the ``to_*`` functions.
+        options: of the runner: ``providers`` (onnxruntime execution providers, the CPU's by default) for an ONNX
+            artifact, ``device`` (the CPU by default) for a pt2 artifact.
 
     Raises:
         ValueError: the folder is damaged, edited or of another version.
-        ImportError: onnxruntime is missing or too old.
+        ImportError: a package that runs it is missing or too old.
     """
     manifest = read_manifest(directory)
-    if manifest["kind"] != "onnx":
-        raise ValueError(f"kind must be onnx, got {manifest['kind']!r}; this version runs ONNX artifacts")
-    return OnnxRunner(Path(directory), manifest, providers or ["CPUExecutionProvider"])
+    folder, kind = Path(directory), manifest["kind"]
+    if kind == "onnx":
+        from .onnx_runner import OnnxRunner
+
+        return OnnxRunner(folder, manifest, **options)
+    if kind == "pt2":
+        from .pt2_runner import Pt2Runner
+
+        return Pt2Runner(folder, manifest, **options)
+    if kind == "genai":
+        from .genai_runner import GenaiRunner
+
+        return GenaiRunner(folder, manifest, **options)
+    raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}; a newer mom-compile wrote the folder")
 
 
-class OnnxRunner:
+class Runner:
     """``logits, state = runner(input_ids, state)``: states are values, several conversations share one runner.
 
     Attributes:
@@ -47,52 +60,20 @@ class OnnxRunner:
         manifest: of the folder.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], providers: Sequence[str]) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
         self.config = MoMConfig.from_dict(manifest["config"])
-        self._runtime = require_onnxruntime()
-        self._providers = list(providers)
-        self._sessions: dict[str, Any] = {}
-        self._shapes = {entry["name"]: entry["shape"] for entry in manifest["state"]}
-
-    def _session(self, name: str) -> Any:
-        if name not in self._sessions:
-            options = self._runtime.SessionOptions()
-            options.log_severity_level = 3
-            try:
-                self._sessions[name] = self._runtime.InferenceSession(
-                    str(self.folder / self.manifest["graphs"][name]), options, providers=self._providers
-                )
-            except Exception as error:
-                raise ValueError(
-                    f"{self.manifest['graphs'][name]} must open in onnxruntime {self._runtime.__version__}, got "
-                    f"{str(error).splitlines()[0][:300]}; it was made with {self.manifest['versions']['onnxruntime']}: "
-                    "upgrade onnxruntime, or export with --to portable"
-                ) from error
-            self._check_session(self._sessions[name], name)
-        return self._sessions[name]
-
-    def _check_session(self, session: Any, name: str) -> None:
-        """The graph takes the states that the manifest names."""
-        found = {value.name: value.shape for value in session.get_inputs()}
-        for layer in range(self.config.num_hidden_layers):
-            for state, shape in self._shapes.items():
-                key = f"past_key_values.{layer}.{state}"
-                want = ["batch", shape[0] * shape[1], *shape[2:]]
-                if found.get(key) != want:
-                    raise ValueError(
-                        f"{self.manifest['graphs'][name]} must take {key} {want} by manifest.json, got "
-                        f"{found.get(key)}; the files belong to different models: export again"
-                    )
+        self._shapes: dict[str, list[int]] = {entry["name"]: entry["shape"] for entry in manifest["state"]}
+        self._dtypes: dict[str, str] = {entry["name"]: entry.get("dtype", "float32") for entry in manifest["state"]}
 
     def init_state(self, batch_size: int) -> State:
         """Zeros: per layer ``recurrent_state`` ``[B, M', HV, K, V]`` and, with a convolution, ``conv_state``
-        ``[B, M', C, W-1]``, float32."""
+        ``[B, M', C, W-1]``, in the manifest's dtypes."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}; pass the number of sequences")
         return tuple(
-            {name: np.zeros((batch_size, *shape), np.float32) for name, shape in self._shapes.items()}
+            {name: self._zeros((batch_size, *shape), self._dtypes[name]) for name, shape in self._shapes.items()}
             for _ in range(self.config.num_hidden_layers)
         )
 
@@ -101,20 +82,39 @@ class OnnxRunner:
 
         Args:
             input_ids: ``[B, T]`` integers in [0, vocab_size), T >= 1.
-            state: from :meth:`init_state` or an earlier call; None for an empty one. Never modified. A state of the
-                PyTorch model serves as well (its tensors are read as arrays).
+            state: from :meth:`init_state` or an earlier call, of this runner, another one or the PyTorch model; None
+                for an empty one. Never modified.
 
         Returns:
-            logits ``[B, T, vocab_size]`` float32 and the new state.
+            logits ``[B, T, vocab_size]`` float32 and the new state: arrays, or tensors from a pt2 artifact.
 
         Raises:
             ValueError: shapes, dtypes or values that do not fit.
         """
         ids = self._check_ids(input_ids)
-        feeds = {"input_ids": ids, **self._feeds(ids.shape[0], state)}
-        session = self._session("decode" if ids.shape[1] == 1 else "prefill")
-        logits, *present = session.run(None, feeds)
-        return logits, self._state(present)
+        return self._run(ids, self._check_state(ids.shape[0], state))
+
+    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int, **options: Any) -> Step:
+        """A function token ids ``[B]`` -> logits ``[B, vocab_size]`` (arrays) that carries the state on by itself."""
+        raise NotImplementedError
+
+    def decode_ways(self) -> dict[str, dict[str, Any]]:
+        """The ways in which :meth:`decode_loop` can keep its state: description -> options. All are verified."""
+        return {"": {}}
+
+    def check_structure(self) -> None:
+        """Raise ValueError unless the files have the names, shapes and operators of the contract."""
+        raise NotImplementedError
+
+    def _run(self, ids: NDArray[np.int64], state: State) -> tuple[Any, State]:
+        raise NotImplementedError
+
+    def _zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return np.zeros(shape, dtype)
+
+    def _value(self, value: Any) -> Any:
+        """A state entry as this runner's own kind of array."""
+        return np.asarray(value)
 
     def _check_ids(self, input_ids: Any) -> NDArray[np.int64]:
         ids = np.asarray(input_ids)
@@ -131,77 +131,36 @@ class OnnxRunner:
             )
         return np.ascontiguousarray(ids, np.int64)
 
-    def _feeds(self, batch_size: int, state: Sequence[Mapping[str, Any]] | None) -> dict[str, NDArray[np.float32]]:
+    def _check_state(self, batch_size: int, state: Sequence[Mapping[str, Any]] | None) -> State:
+        """The state in this runner's kind of array, empty for None."""
         if state is None:
-            state = self.init_state(batch_size)
+            return self.init_state(batch_size)
         if len(state) != self.config.num_hidden_layers:
             raise ValueError(
                 f"state must have one entry for each of the {self.config.num_hidden_layers} layers, got {len(state)}; "
                 "pass a state of this model"
             )
-        feeds = {}
+        checked = []
         for layer, values in enumerate(state):
             if set(values) != set(self._shapes):
                 raise ValueError(
                     f"state[{layer}] must hold {', '.join(sorted(self._shapes))}, got {', '.join(sorted(values))}; "
                     "pass a state of this model"
                 )
-            for name, shape in self._shapes.items():
-                value = np.asarray(values[name])
-                if value.shape != (batch_size, *shape):
+            checked.append({name: self._value(values[name]) for name in self._shapes})
+            for name, value in checked[-1].items():
+                shape = (batch_size, *self._shapes[name])
+                if tuple(value.shape) != shape:
                     raise ValueError(
-                        f"state[{layer}][{name!r}] must have shape {(batch_size, *shape)}, got {value.shape}; "
+                        f"state[{layer}][{name!r}] must have shape {shape}, got {tuple(value.shape)}; "
                         "pass a state of this model and batch size"
                     )
-                if value.dtype != np.float32:
+                dtype = str(value.dtype).removeprefix("torch.")
+                if dtype != self._dtypes[name]:
                     raise ValueError(
-                        f"state[{layer}][{name!r}] must be float32, got {value.dtype}; convert it with .astype()"
+                        f"state[{layer}][{name!r}] must be {self._dtypes[name]}, got {dtype}; convert it first"
                     )
-                flat = (batch_size, shape[0] * shape[1], *shape[2:])
-                feeds[f"past_key_values.{layer}.{name}"] = np.ascontiguousarray(value).reshape(flat)
-        return feeds
-
-    def _state(self, present: Sequence[NDArray[Any]]) -> State:
-        values = iter(present)
-        return tuple(
-            {name: array.reshape(array.shape[0], *shape) for (name, shape), array in zip(self._shapes.items(), values)}  # noqa: B905
-            for _ in range(self.config.num_hidden_layers)
-        )
-
-    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int) -> Callable[[NDArray[Any]], Any]:
-        """A function token ids ``[B]`` -> logits ``[B, vocab_size]`` that keeps the state in buffers of its own.
-
-        Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
-        """
-        session, runtime = self._session("decode"), self._runtime
-        feeds = self._feeds(batch_size, state)
-        sets = [
-            {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()}
-            for _ in range(2)
-        ]
-        ids = np.zeros((batch_size, 1), np.int64)
-        ids_value = runtime.OrtValue.ortvalue_from_numpy(ids)
-        logits = runtime.OrtValue.ortvalue_from_shape_and_type([batch_size, 1, self.config.vocab_size], np.float32)
-        bindings = []
-        for source, target in (sets, sets[::-1]):
-            binding = session.io_binding()
-            binding.bind_ortvalue_input("input_ids", ids_value)
-            binding.bind_ortvalue_output("logits", logits)
-            for name, value in source.items():
-                binding.bind_ortvalue_input(name, value)
-            for name, value in target.items():
-                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
-            bindings.append(binding)
-        steps = 0
-
-        def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
-            nonlocal steps
-            ids_value.update_inplace(np.ascontiguousarray(tokens, np.int64).reshape(batch_size, 1))
-            session.run_with_iobinding(bindings[steps % 2])
-            steps += 1
-            return logits.numpy()[:, 0]
-
-        return step
+        return tuple(checked)
 
     def generate(
         self,
@@ -241,7 +200,7 @@ class OnnxRunner:
         for start in range(0, ids.shape[1], PREFILL_TOKENS):
             logits, state = self(ids[:, start : start + PREFILL_TOKENS], state)
         assert state is not None
-        last = logits[:, -1]
+        last = np.asarray(logits[:, -1])
         step = self.decode_loop(state, ids.shape[0])
         done = np.zeros(ids.shape[0], bool)
         for index in range(max_new_tokens):

@@ -27,36 +27,55 @@ def describe_graph(path: Path) -> dict[str, Any]:
 
 
 def expected_io(
-    config: MoMConfig, shapes: Mapping[str, tuple[int, ...]], decode: bool
+    config: MoMConfig, shapes: Mapping[str, tuple[int, ...]], graph: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """The inputs and outputs of design contract: tokens and the past state in, logits and the present state out.
+    """The inputs and outputs of the design's contract: tokens and the past state in, logits and the present state out.
 
-    ``shapes``: one layer's state by name, without the batch, memories and heads (channels) apart.
+    Args:
+        config: of the model.
+        shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
+        graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone, or GenAI's
+            ``model``, which has an attention mask and always a ``conv_state``.
     """
-    length: int | str = 1 if decode else "sequence"
+    length: int | str = 1 if graph.startswith("decode") else "sequence"
+    flat = {name: (shape[0] * shape[1], *shape[2:]) for name, shape in shapes.items()}
+    if graph == "model":
+        flat = {"conv_state": (1, 1), **flat}
 
-    def state(prefix: str) -> list[dict[str, Any]]:
+    def state(prefix: str, entries: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
         return [
             {
                 "name": f"{prefix}.{layer}.{name}",
-                "dtype": "float32",
-                "shape": ["batch", shape[0] * shape[1], *shape[2:]],
+                "dtype": "int64" if name == "touched_index" else "float32",
+                "shape": ["batch", *shape],
             }
             for layer in range(config.num_hidden_layers)
-            for name, shape in shapes.items()
+            for name, shape in entries.items()
         ]
 
+    present = flat
+    if graph == "decode_touched":
+        selected = config.topk + config.shared_mem
+        present = {
+            "touched_" + name.removeprefix("recurrent_"): (selected * shape[1], *shape[2:])
+            for name, shape in shapes.items()
+        }
+        present["touched_index"] = (selected,)
+    inputs: list[dict[str, Any]] = [{"name": "input_ids", "dtype": "int64", "shape": ["batch", length]}]
+    if graph == "model":
+        inputs.append({"name": "attention_mask", "dtype": "int64", "shape": ["batch", "total_sequence"]})
     return {
-        "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", length]}, *state("past_key_values")],
+        "inputs": inputs + state("past_key_values", flat),
         "outputs": [
             {"name": "logits", "dtype": "float32", "shape": ["batch", length, config.vocab_size]},
-            *state("present"),
+            *state("present", present),
         ],
     }
 
 
 def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise unless every graph of the folder passes the checker and has the contract's names, shapes and domains.
+    """Raise unless every graph of the folder passes the checker, has the contract's names, shapes and domains, and is
+    right when past and present share a buffer.
 
     Raises:
         ValueError: names the graph and what differs.
@@ -72,7 +91,7 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
         except Exception as error:
             raise ValueError(f"{file} must pass the ONNX checker, got {str(error).strip()[:500]}") from error
         description = describe_graph(path)
-        expected = expected_io(config, shapes, decode=name == "decode")
+        expected = expected_io(config, shapes, name)
         for side in ("inputs", "outputs"):
             for want, got in zip(expected[side], description[side], strict=False):
                 if want != got:
@@ -84,6 +103,55 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
         foreign = sorted(operator for operator in description["operators"] if _domain(operator) not in allowed)
         if foreign:
             raise ValueError(f"{file} must hold operators of {allowed} alone, got {', '.join(foreign)}; export again")
+        problem = late_reader(onnx.load(str(path), load_external_data=False).graph)
+        if problem is not None:
+            raise ValueError(
+                f"{file} must read a past state only before it writes its present one, got {problem}; a runtime that "
+                "gives both one buffer would compute nonsense: export again"
+            )
+
+
+# Operators whose output may be their input's memory.
+_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+
+
+def late_reader(graph: Any) -> str | None:
+    """A node that may read ``past_key_values.x`` after ``present.x`` is written, or None.
+
+    Runtimes order nodes as they like within the dependencies, so every other reader must be an ancestor of the node
+    that writes; readers through a view count, the view may be the same memory.
+    """
+    producer = {output: index for index, node in enumerate(graph.node) for output in node.output}
+    readers: dict[str, list[int]] = {}
+    for index, node in enumerate(graph.node):
+        for name in [*node.input, *_captured(node)]:
+            readers.setdefault(name, []).append(index)
+    for value in graph.output:
+        if not value.name.startswith("present."):
+            continue
+        writer = producer[value.name]
+        ancestors, pending = {writer}, [writer]
+        while pending:
+            node = graph.node[pending.pop()]
+            sources = {producer[name] for name in [*node.input, *_captured(node)] if name in producer}
+            pending += sources - ancestors
+            ancestors |= sources
+        views = [value.name.replace("present.", "past_key_values.")]
+        for view in views:
+            for index in readers.get(view, ()):
+                node = graph.node[index]
+                if index not in ancestors:
+                    return f"{node.op_type} {node.name} beside the writer of {value.name}"
+                if node.op_type in _VIEWS:
+                    views += node.output
+    return None
+
+
+def _captured(node: Any) -> Iterator[str]:
+    """Names that the bodies of a node use."""
+    for inner in _walk([node]):
+        if inner is not node:
+            yield from inner.input
 
 
 def _domain(operator: str) -> str:

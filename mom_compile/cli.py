@@ -10,8 +10,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model on text files",
     "generate": "continue a text with a checkpoint or an exported artifact",
-    "export": "export a checkpoint to ONNX, with its state explicit",
-    "verify": "check an artifact against its checkpoint",
+    "export": "export a checkpoint to a deployable graph, with its state explicit",
+    "verify": "check artifacts against their checkpoint",
+    "inspect": "what an artifact or a checkpoint is made of, and which memories a text uses",
     "eval": "bits per byte of a checkpoint on text files",
     "convert": "convert a checkpoint of flash-linear-attention",
     "demo": "train a small model, export it, verify it and generate from the exported graph",

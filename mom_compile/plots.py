@@ -1,16 +1,21 @@
-"""Pictures of a run, drawn from its metrics.jsonl."""
+"""Pictures: a run from its metrics.jsonl, and which memories a text's tokens used."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._extras import require
 
+if TYPE_CHECKING:
+    from .memory_use import MemoryUse
+
 LOSS_PLOT = "loss.png"
 MEMORIES_PLOT = "memories.png"
+LABELLED_TOKENS = 120
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -39,8 +44,7 @@ def plot_run(run_folder: str | os.PathLike[str]) -> list[Path]:
     steps = [record for record in records if "loss" in record]
     if not steps:
         return []
-    require("matplotlib", "train").use("Agg")
-    pyplot = require("matplotlib.pyplot", "train")
+    pyplot = _pyplot()
     return [
         _plot_loss(pyplot, folder / LOSS_PLOT, steps, [r for r in records if "held_out_bits_per_byte" in r]),
         _plot_memories(pyplot, folder / MEMORIES_PLOT, steps),
@@ -85,3 +89,36 @@ def _plot_memories(pyplot: Any, path: Path, steps: list[dict[str, Any]]) -> Path
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def plot_memory_use(path: str | os.PathLike[str], use: MemoryUse, tokens: Sequence[str]) -> Path:
+    """Draw one strip per layer: tokens from left to right, a dark cell where a memory was selected.
+
+    Args:
+        path: the PNG to write.
+        use: ``[layers, T, M]``.
+        tokens: their texts, ``T`` of them; written on the axis while they are few enough to read.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    pyplot = _pyplot()
+    layers, length, memories = use.shape
+    size = (min(20, 2 + 0.16 * length), 0.6 + layers * (0.5 + 0.16 * memories))
+    figure, grid = pyplot.subplots(layers, 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for layer, axes in enumerate(grid.flat):
+        axes.imshow(use[layer].T, aspect="auto", cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(title=f"layer {layer}", ylabel="memory", yticks=range(memories))
+    if length <= LABELLED_TOKENS:
+        # A dollar sign would start a formula.
+        labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
+        grid[-1, 0].set_xticks(range(length), labels, rotation=90, fontsize=7)
+    grid[-1, 0].set_xlabel("token")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return Path(path)
+
+
+def _pyplot() -> Any:
+    require("matplotlib", "train").use("Agg")
+    return require("matplotlib.pyplot", "train")

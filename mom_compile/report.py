@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,3 +63,22 @@ class Report:
             note = f"  ({check.note})" if check.note else ""
             rows.append(f"{check.name:<{width}}  {error:>14}  {'ok' if check.passed else 'FAILED'}{note}")
         return "\n".join(rows)
+
+
+def reports_table(reports: Mapping[str, Report]) -> str:
+    """Several reports side by side: a row per check, a column per report; what a report lacks is left empty."""
+    names = list(dict.fromkeys(check.name for report in reports.values() for check in report.checks))
+    columns = [["check", *names]]
+    for title, report in reports.items():
+        checks = {check.name: check for check in report.checks}
+        columns.append([title, *(_cell(checks[name]) if name in checks else "" for name in names)])
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns, strict=True)
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _cell(check: Check) -> str:
+    result = "ok" if check.passed else "FAILED"
+    return result if check.error is None else f"{check.error:.1e} {result}"

@@ -79,10 +79,33 @@ def _fused(
     return o, {**new_state, "recurrent_state": recurrent_state}, logits
 
 
-def _token(
-    layer: MoMAttention, x: Tensor, state: LayerState, valid: Tensor | None, router_indices: Tensor | None
+def touched(
+    layer: MoMAttention,
+    x: Tensor,
+    state: Mapping[str, Tensor] | None,
+    valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    router_indices: Tensor | None,
 ) -> tuple[Tensor, LayerState, Tensor | None]:
-    """One token, differentiable: x ``[B, 1, D]``, valid ``[B]``, o ``[B, HV, V]``."""
+    """One token, for export: as :func:`forward`, the new state being only what the token wrote.
+
+    ``touched_index`` ``[B, k']`` int64, the selected memories; ``touched_state`` ``[B, k', HV, K, V]`` and, with a
+    convolution, ``touched_conv_state`` ``[B, k', C, W-1]``.
+    """
+    assert state is not None and valid is None
+    o, new_state, logits = _token(layer, x, dict(state), None, router_indices, touched=True)
+    return o.unsqueeze(1), new_state, logits
+
+
+def _token(
+    layer: MoMAttention,
+    x: Tensor,
+    state: LayerState,
+    valid: Tensor | None,
+    router_indices: Tensor | None,
+    touched: bool = False,
+) -> tuple[Tensor, LayerState, Tensor | None]:
+    """One token, differentiable: x ``[B, 1, D]``, valid ``[B]``, o ``[B, HV, V]``; ``touched`` as :func:`touched`."""
     config, rule = layer.config, layer.rule
     batch = x.shape[0]
     memories = config.total_memories
@@ -95,19 +118,23 @@ def _token(
     pool = torch.arange(batch, device=x.device).unsqueeze(1) * memories + memory  # [B, k'] in the flattened states
     group = torch.zeros_like(memory) if config.single_kv_proj else memory
 
-    kv = torch.unflatten(F.linear(x[:, 0], layer.kv_proj.flatten(0, 1)), 1, (layer.kv_proj.shape[0], -1))
-    q = layer.q_proj(x[:, 0]).unsqueeze(1).expand(batch, choices, layer.key_size)
+    # On [B, 1, D], as the other forms: exporters then keep one layout of a weight.
+    kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1))[:, 0], 1, (layer.kv_proj.shape[0], -1))
+    q = layer.q_proj(x).expand(batch, choices, layer.key_size)
     qkv = torch.cat([q, _pick(kv, group)], 2)  # [B, k', C]
-    new_state: LayerState = {}
+    new_state: LayerState = {"touched_index": memory} if touched else {}
     if config.use_short_conv:
         conv_state = state["conv_state"].flatten(0, 1)
-        window = torch.cat([conv_state[pool].to(qkv.dtype), qkv.unsqueeze(-1)], 3)
+        window = torch.cat([_rows(conv_state, pool).to(qkv.dtype), qkv.unsqueeze(-1)], 3)
         qkv = (window * layer.conv1d.to(qkv.dtype)).sum(3)
         new_window = window[..., 1:].to(conv_state.dtype)
+        if touched:
+            new_state["touched_conv_state"] = new_window
         if valid is not None:
             new_window = torch.where(valid.view(-1, 1, 1, 1), new_window, conv_state[pool])
-        conv_state = conv_state.index_put((pool,), new_window)
-        new_state["conv_state"] = torch.unflatten(conv_state, 0, (batch, memories))
+        if not touched:
+            conv_state = conv_state.index_put((pool,), new_window)
+            new_state["conv_state"] = torch.unflatten(conv_state, 0, (batch, memories))
     qkv = F.silu(qkv)
     q, k, v = qkv.flatten(0, 1).split([layer.key_size, layer.key_size, layer.value_size], 1)
     q, k = (l2_norm(torch.unflatten(part, 1, (config.num_heads, config.head_dim))).unsqueeze(1) for part in (q, k))
@@ -117,11 +144,18 @@ def _token(
         g = retention_gate(config.value_heads, x.device)
     if dt is not None:
         v = v * dt.unsqueeze(-1).to(v.dtype)
-    rows = pool if valid is None else torch.where(valid.unsqueeze(1), pool, -1)
-    o, final_state = recurrent(
-        rule.name, q, k, v, g, beta, layer.scale, state["recurrent_state"].flatten(0, 1), rows.flatten()
-    )
-    new_state["recurrent_state"] = torch.unflatten(final_state, 0, (batch, memories))
+    recurrent_state = state["recurrent_state"].flatten(0, 1)
+    if touched:
+        name = rule.name
+        if rule.gate == "head" and g is not None:  # exporters know a decay per token alone
+            g, name = g.expand(batch * choices, 1, config.value_heads), "mamba2"
+        picked = _rows(recurrent_state, pool).flatten(0, 1)
+        o, final_state = recurrent(name, q, k, v, g, beta, layer.scale, picked)
+        new_state["touched_state"] = torch.unflatten(final_state, 0, (batch, choices))
+    else:
+        rows = pool if valid is None else torch.where(valid.unsqueeze(1), pool, -1)
+        o, final_state = recurrent(rule.name, q, k, v, g, beta, layer.scale, recurrent_state, rows.flatten())
+        new_state["recurrent_state"] = torch.unflatten(final_state, 0, (batch, memories))
     o = o.view(batch, choices, config.value_heads, config.value_dim)
     return (o * weights[..., None, None].to(o.dtype)).sum(1), new_state, routing.logits
 
@@ -129,3 +163,8 @@ def _token(
 def _pick(x: Tensor, group: Tensor) -> Tensor:
     """``[B, G, n]`` -> ``[B, k', n]``."""
     return x.gather(1, group.unsqueeze(-1).expand(*group.shape, x.shape[2]))
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """``[P, ...]`` and ``[B, k']`` -> ``[B, k', ...]``."""
+    return torch.unflatten(x.index_select(0, index.flatten()), 0, index.shape)

@@ -35,6 +35,19 @@ def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCaus
     return model, folder
 
 
+@pytest.fixture(scope="session")
+def pt2_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
+    """As ``small_artifact``, of ``to_pt2``, with tied embeddings."""
+    from models import tiny_model
+
+    from mom_compile import export
+
+    model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, tie_word_embeddings=True)
+    folder = tmp_path_factory.mktemp("pt2") / "artifact"
+    export.to_pt2(model, folder)
+    return model, folder
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         # Files stay together, as their fixtures are shared; kernels compile wherever a process is free.

@@ -13,7 +13,7 @@ from support import relative
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.config import UPDATE_RULES
-from mom_compile.export import onnx_artifact
+from mom_compile.export import onnx_artifact, writing
 from mom_compile.export.onnx_artifact import TARGETS
 from mom_compile.report import Report
 
@@ -42,7 +42,9 @@ def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> N
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["state_layout_version"] == 1
     assert manifest["parity"]["passed"] and manifest["parity"]["error"] < 1e-4
-    assert set(manifest["files"]) == {"prefill.onnx", "decode.onnx", "weights.bin", "run.py", "reference.npz"}
+    graphs = {"prefill.onnx", "decode.onnx"}
+    graphs |= {"decode_touched.onnx"} if manifest["target"] == "onnxruntime" else set()
+    assert set(manifest["files"]) == {*graphs, "weights.bin", "run.py", "reference.npz"}
     first = manifest["io"]["prefill"]["inputs"][:3]
     assert first[0] == {"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}
     # M' = 5 memories; C = 2 heads * 8 * 2 + 4 * 8 channels; 4 value heads of 8 x 8.
@@ -169,9 +171,9 @@ def test_a_wrong_graph_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.Mo
     target = tmp_path / "artifact"
     genuine = onnx_artifact._graph
 
-    def broken(model: MoMForCausalLM, target: str, decode: bool) -> object:
+    def broken(model: MoMForCausalLM, target: str, name: str) -> object:
         other = MoMForCausalLM(tiny_config(num_hidden_layers=1)).eval()
-        return genuine(other if decode else model, target, decode)
+        return genuine(other if name == "decode" else model, target, name)
 
     monkeypatch.setattr(onnx_artifact, "_graph", broken)
     with pytest.raises(ValueError, match=r"agree with the model to 0\.0001(.|\n)*64 decode steps .*FAILED"):
@@ -188,12 +190,33 @@ def test_an_older_artifact_survives_a_failed_export(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_artifact, "write_manifest", full)
+    monkeypatch.setattr(writing, "write_manifest", full)
     monkeypatch.setattr(onnx_artifact, "_write_graphs", lambda *_: {})
     with pytest.raises(OSError, match="No space left"):
         export.to_onnx(model, target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_the_touched_decode_writes_only_what_a_token_selected(exported: tuple[MoMForCausalLM, Path]) -> None:
+    model, folder = exported
+    runner = export.load(folder)
+    ids = tokens(3, 30)
+    _, state = runner(ids[:, :10])
+    assert isinstance(runner, export.OnnxRunner)
+    if not runner.has_touched_decode:
+        with pytest.raises(ValueError, match="touched must be False for this artifact, got True; it has no decode_tou"):
+            runner.decode_loop(state, 3, touched=True)
+        return
+    whole, touched = (runner.decode_loop(state, 3, touched=choice) for choice in (False, True))
+    for t in range(10, 30):
+        expected = whole(ids[:, t].numpy())
+        assert np.allclose(touched(ids[:, t].numpy()), expected, atol=1e-4)
+    outputs = {value["name"]: value["shape"] for value in runner.manifest["io"]["decode_touched"]["outputs"]}
+    assert outputs["present.0.touched_state"] == ["batch", 3 * 4, 8, 8]
+    assert outputs["present.0.touched_conv_state"] == ["batch", 3 * 64, 3]
+    assert outputs["present.0.touched_index"] == ["batch", 3]
+    assert not any("recurrent_state" in name for name in outputs)
 
 
 def test_messages(tmp_path: Path) -> None:

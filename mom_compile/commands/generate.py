@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="checkpoint folder, or artifact folder (runs on onnxruntime, without torch)")
+    parser.add_argument("folder", help="checkpoint folder, or artifact folder (an ONNX one runs without torch)")
     parser.add_argument("--prompt", default="The ", help="text to continue (default: %(default)r)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to add (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")

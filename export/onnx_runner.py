@@ -1,0 +1,198 @@
+"""Running an ONNX artifact with numpy and onnxruntime alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._onnxruntime import require_onnxruntime
+from .runner import Runner, State, Step
+
+TOUCHED_GRAPH = "decode_touched"
+
+
+class OnnxRunner(Runner):
+    """A folder of ``to_onnx``; states are arrays of numpy.
+
+    Args:
+        folder: the artifact.
+        manifest: of the folder.
+        providers: onnxruntime execution providers; None: the CPU's.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], providers: Sequence[str] | None = None) -> None:
+        super().__init__(folder, manifest)
+        self._runtime = require_onnxruntime()
+        self._providers = list(providers or ["CPUExecutionProvider"])
+        self._sessions: dict[str, Any] = {}
+
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            options = self._runtime.SessionOptions()
+            options.log_severity_level = 3
+            try:
+                self._sessions[name] = self._runtime.InferenceSession(
+                    str(self.folder / self.manifest["graphs"][name]), options, providers=self._providers
+                )
+            except Exception as error:
+                raise ValueError(
+                    f"{self.manifest['graphs'][name]} must open in onnxruntime {self._runtime.__version__}, got "
+                    f"{str(error).splitlines()[0][:300]}; it was made with {self.manifest['versions']['onnxruntime']}: "
+                    "upgrade onnxruntime, or export with --to portable"
+                ) from error
+            self._check_session(self._sessions[name], name)
+        return self._sessions[name]
+
+    def _check_session(self, session: Any, name: str) -> None:
+        """The graph takes the states that the manifest names."""
+        found = {value.name: value.shape for value in session.get_inputs()}
+        for layer in range(self.config.num_hidden_layers):
+            for state, shape in self._shapes.items():
+                key = f"past_key_values.{layer}.{state}"
+                want = ["batch", shape[0] * shape[1], *shape[2:]]
+                if found.get(key) != want:
+                    raise ValueError(
+                        f"{self.manifest['graphs'][name]} must take {key} {want} by manifest.json, got "
+                        f"{found.get(key)}; the files belong to different models: export again"
+                    )
+
+    def check_structure(self) -> None:
+        """As :meth:`Runner.check_structure`, the ONNX checker included."""
+        from .structure import check_structure
+
+        check_structure(self.folder, self.manifest)
+
+    def _run(self, ids: NDArray[np.int64], state: State, **inputs: Any) -> tuple[Any, State]:
+        session = self._session(self._graph_name(ids.shape[1]))
+        logits, *present = session.run(self._outputs(), {**self._inputs(ids), **self._feeds(state), **inputs})
+        return logits, self._state(present)
+
+    def _graph_name(self, length: int) -> str:
+        return "decode" if length == 1 else "prefill"
+
+    def _inputs(self, ids: NDArray[np.int64]) -> dict[str, Any]:
+        """Everything that a graph takes apart from the state."""
+        return {"input_ids": ids}
+
+    def _outputs(self) -> list[str]:
+        layers = range(self.config.num_hidden_layers)
+        return ["logits", *(f"present.{layer}.{name}" for layer in layers for name in self._shapes)]
+
+    def _feeds(self, state: State) -> dict[str, NDArray[Any]]:
+        """The graph's inputs: memories and heads (channels) in one axis."""
+        return {
+            f"past_key_values.{layer}.{name}": np.ascontiguousarray(value).reshape(
+                value.shape[0], value.shape[1] * value.shape[2], *value.shape[3:]
+            )
+            for layer, values in enumerate(state)
+            for name, value in values.items()
+        }
+
+    def _state(self, present: Sequence[NDArray[Any]]) -> State:
+        values = iter(present)
+        return tuple(
+            {name: array.reshape(array.shape[0], *shape) for (name, shape), array in zip(self._shapes.items(), values)}  # noqa: B905
+            for _ in range(self.config.num_hidden_layers)
+        )
+
+    def decode_loop(  # type: ignore[override]
+        self,
+        state: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        aliased: bool = False,
+        touched: bool | None = None,
+    ) -> Step:
+        """As :meth:`Runner.decode_loop`.
+
+        Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
+        ``aliased``: one set, in which every present state overwrites its past. ``touched``: one set, of which only the
+        memories that a token selected are written; None: where the artifact has that graph and the CPU runs it.
+        """
+        if touched is None:
+            touched = self.has_touched_decode and not aliased and self._providers == ["CPUExecutionProvider"]
+        if touched:
+            return self._touched_loop(state, batch_size)
+        session, runtime = self._session(self._graph_name(1)), self._runtime
+        feeds = self._feeds(self._check_state(batch_size, state))
+        sets = [
+            {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()}
+            for _ in range(1 if aliased else 2)
+        ]
+        ids = np.zeros((batch_size, 1), np.int64)
+        inputs = {name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in self._inputs(ids).items()}
+        logits = runtime.OrtValue.ortvalue_from_shape_and_type([batch_size, 1, self.config.vocab_size], np.float32)
+        bindings = []
+        for source, target in ((sets[0], sets[-1]), (sets[-1], sets[0])):
+            binding = session.io_binding()
+            for name, value in {**inputs, **source}.items():
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output("logits", logits)
+            for name, value in target.items():
+                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+            bindings.append(binding)
+        steps = 0
+
+        def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
+            nonlocal steps
+            inputs["input_ids"].update_inplace(np.ascontiguousarray(tokens, np.int64).reshape(batch_size, 1))
+            session.run_with_iobinding(bindings[steps % 2])
+            steps += 1
+            return logits.numpy()[:, 0]
+
+        return step
+
+    def decode_ways(self) -> dict[str, dict[str, Any]]:
+        """As :meth:`Runner.decode_ways`."""
+        ways: dict[str, dict[str, Any]] = {
+            "": {"touched": False},
+            "past and present in one buffer": {"aliased": True},
+        }
+        if self.has_touched_decode:
+            ways["touched memories written back"] = {"touched": True}
+        return ways
+
+    @property
+    def has_touched_decode(self) -> bool:
+        """Whether the artifact has a decode graph that gives only the memories a token selected."""
+        return TOUCHED_GRAPH in self.manifest["graphs"]
+
+    def _touched_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int) -> Step:
+        if not self.has_touched_decode:
+            raise ValueError(
+                f"touched must be False for this artifact, got True; it has no {TOUCHED_GRAPH} graph: export with "
+                "--to onnxruntime a model with topk < num_memories"
+            )
+        session, runtime = self._session(TOUCHED_GRAPH), self._runtime
+        # An OrtValue on the CPU is the memory of its array: what is written into the array, the next step reads.
+        whole = {name: array.copy() for name, array in self._feeds(self._check_state(batch_size, state)).items()}
+        ids = np.zeros((batch_size, 1), np.int64)
+        binding = session.io_binding()
+        for name, array in {"input_ids": ids, **whole}.items():
+            binding.bind_ortvalue_input(name, runtime.OrtValue.ortvalue_from_numpy(array))
+        outputs = {}
+        for value in session.get_outputs():
+            dtype = np.int64 if value.type == "tensor(int64)" else np.float32
+            outputs[value.name] = np.zeros((batch_size, *value.shape[1:]), dtype)
+            binding.bind_ortvalue_output(value.name, runtime.OrtValue.ortvalue_from_numpy(outputs[value.name]))
+        rows = np.arange(batch_size)[:, None]
+        writes = []
+        for name, array in whole.items():
+            layer, state_name = name.split(".")[1:]
+            memories = self._shapes[state_name][0]
+            index = outputs[f"present.{layer}.touched_index"]
+            part = outputs[f"present.{layer}.touched_{state_name.removeprefix('recurrent_')}"]
+            target = array.reshape(batch_size, memories, -1)  # a view: the array is contiguous
+            writes.append((target, index, part.reshape(batch_size, index.shape[1], -1)))
+
+        def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
+            ids[:, 0] = tokens
+            session.run_with_iobinding(binding)
+            for target, index, part in writes:
+                target[rows, index] = part
+            return outputs["logits"][:, 0]
+
+        return step

@@ -1,0 +1,131 @@
+"""Graphs below float32 by onnxruntime's own tools: float16, and weights of 8 or 4 bits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from typing import Any
+
+# Precision -> largest relative error of the logits with the same routing. Weights of 4 bits are themselves off by 5 to
+# 10 %, which a model of random weights passes on undiminished; judge a trained one by its bits per byte.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-2, "int4": 3e-1}
+BLOCK_SIZE = 16  # weights that share a scale and a zero point
+# Sums of squares overflow float16; the memory rule, its state and its decay stay float32.
+_FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
+_FLOAT32_OPERATORS = ("LinearAttention", "Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal")
+
+
+def check_precision(precision: str, target: str) -> None:
+    """Raise ValueError for an unknown precision, or one that the target does not have."""
+    if precision not in TOLERANCES:
+        raise ValueError(f"precision must be one of {', '.join(TOLERANCES)}, got {precision!r}; choose one of them")
+    if precision != "float32" and target != "onnxruntime":
+        raise ValueError(
+            f"precision must be float32 for target {target}, got {precision!r}; use target onnxruntime for {precision}"
+        )
+
+
+def lower_precision(model: Any, precision: str) -> Any:
+    """An onnx_ir model in another precision; the router's and the decay's path stays float32, as do inputs and outputs.
+
+    float16: weights and activations. int8, int4: the weights of matrix products alone, in blocks of 16.
+    """
+    import onnx_ir as ir
+
+    if precision == "float32":
+        return model
+    floats = {
+        value.name
+        for node in model.graph
+        for value in node.outputs
+        if value.type is not None and value.dtype == ir.DataType.FLOAT
+    }
+    proto = ir.to_proto(model)
+    for index, node in enumerate(proto.graph.node):
+        node.name = node.name or f"node_{index}"
+    router = list(_router_path(proto.graph))
+    for logger in ("onnxruntime.transformers.float16", "onnxruntime.quantization.matmul_nbits_quantizer"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    if precision == "float16":
+        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+        kept = [*router, *_norm_additions(proto.graph)]
+        operators = [*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS]
+        proto = convert_float_to_float16(proto, keep_io_types=True, op_block_list=operators, node_block_list=kept)
+        _join_float32(proto.graph, floats, kept, operators)
+    else:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(
+            proto,
+            bits=int(precision.removeprefix("int")),
+            block_size=BLOCK_SIZE,
+            is_symmetric=False,
+            nodes_to_exclude=router,
+        )
+        quantizer.process()
+        proto = quantizer.model.model
+    del proto.graph.value_info[:]  # float16's are partly wrong; a runtime infers them
+    result = ir.from_proto(proto)
+    result.graph.sort()  # the tools append their nodes at the end
+    return result
+
+
+def _join_float32(graph: Any, floats: set[str], kept: Collection[str], operators: Collection[str]) -> None:
+    """Take the detour through float16 out from between two nodes that both stayed float32: the tool puts one there.
+
+    ``floats``: the values that were float32 before; ``kept``, ``operators``: what stayed so.
+    """
+    float32 = {value.name for value in graph.input} | {x.name for x in graph.initializer if x.data_type == _FLOAT}
+    for node in graph.node:
+        if node.name in kept or node.op_type in operators:
+            float32.update(floats.intersection(node.output))
+    source = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Cast" and node.attribute[0].i == _FLOAT16 and node.input[0] in float32
+    }
+    for node in graph.node:
+        if node.op_type == "Cast" and node.attribute[0].i == _FLOAT:
+            origin = source.get(node.input[0], node.input[0])
+            if origin in float32:
+                node.op_type, node.input[0] = "Identity", origin
+                del node.attribute[:]
+
+
+def _norm_additions(graph: Any) -> Iterator[str]:
+    """Names of the nodes that add epsilon to a mean or a sum of squares."""
+    sums = {output for node in graph.node if node.op_type in ("ReduceMean", "ReduceSum") for output in node.output}
+    for node in graph.node:
+        if node.op_type == "Add" and sums.intersection(node.input):
+            yield node.name
+
+
+def _router_path(graph: Any) -> Iterator[str]:
+    """Names of the nodes from a router's projection to what uses its results; it computes decay and beta as well."""
+    producer = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    projections = {}
+    for top in graph.node:
+        if top.op_type != "TopK":
+            continue
+        pending = [top.input[0]]
+        while pending:
+            source = producer.get(pending.pop())
+            if source is not None and source.op_type in ("MatMul", "Gemm"):
+                projections[source.name] = source
+            elif source is not None:
+                pending += source.input
+    ends = ("MatMul", "Gemm", "LinearAttention", "MatMulNBits")
+    seen: dict[str, None] = {}
+    nodes = list(projections.values())
+    while nodes:
+        node = nodes.pop()
+        if node.name in seen:
+            continue
+        seen[node.name] = None
+        nodes += [r for output in node.output for r in readers.get(output, ()) if r.op_type not in ends]
+    yield from seen

@@ -1,0 +1,119 @@
+"""ONNX artifacts below float32: sizes, what stays float32, the routing held to the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import tiny_model
+
+from mom_compile import MoMForCausalLM, export
+from mom_compile.cli import main
+from mom_compile.export import artifact
+from mom_compile.export.precision import _router_path
+
+PRECISIONS = ("float16", "int8", "int4")
+READERS = ("TopK", "LinearAttention")
+Maker = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def model() -> MoMForCausalLM:
+    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
+    return tiny_model("mamba2", num_hidden_layers=1, vocab_size=257, eos_token_id=256, **sizes)
+
+
+@pytest.fixture(scope="module")
+def exported(model: MoMForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Precision -> artifact, exported once."""
+    folder = tmp_path_factory.mktemp("precision")
+
+    def make(precision: str) -> Path:
+        if not (folder / precision).exists():
+            export.to_onnx(model, folder / precision, precision=precision)
+        return folder / precision
+
+    return make
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_parity_and_size(precision: str, model: MoMForCausalLM, exported: Maker) -> None:
+    folder = exported(precision)
+    manifest = artifact.read_manifest(folder)
+    assert manifest["precision"] == precision and manifest["parity"]["passed"]
+    checks = {check["name"]: check for check in manifest["parity"]["checks"]}
+    assert checks["logits with the same routing"]["error"] > 1e-4  # something was rounded
+    assert "100.00% of the choices" in checks["routing agreement"]["note"]
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    fixed = 4 * model.model.embeddings.weight.numel()  # weight-only quantization leaves the embedding alone
+    share = {"float16": 0.5, "int8": 0.35, "int4": 0.25}[precision]
+    size = (folder / "weights.bin").stat().st_size
+    assert size < (weights * share if precision == "float16" else fixed + (weights - fixed) * share) + 64 * 1024
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_router_stays_float32(precision: str, exported: Maker) -> None:
+    import onnx
+
+    for name in ("prefill.onnx", "decode.onnx", "decode_touched.onnx"):
+        graph = onnx.load(str(exported(precision) / name)).graph
+        path = set(_router_path(graph))
+        projections = [node for node in graph.node if node.name in path and node.op_type in ("MatMul", "Gemm")]
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
+        found = [weights[behind.get(node.input[1], node.input[1])] for node in projections]
+        assert len(found) == 1 and found[0].data_type == onnx.TensorProto.FLOAT
+        assert "Softplus" in {node.op_type for node in graph.node if node.name in path}
+        half = {n.output[0] for n in graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT16}
+        producer = {output: node for node in graph.node for output in node.output}
+        pending = [node.input[0 if node.op_type == "TopK" else 4] for node in graph.node if node.op_type in READERS]
+        while pending:  # back from the choice and from the log decay to the projection
+            value = pending.pop()
+            assert value not in half, value
+            if value in producer and producer[value] not in projections:
+                pending += producer[value].input
+        quantized = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        assert bool(quantized) == precision.startswith("int")
+        for value in (*graph.input[1:], *graph.output):
+            assert value.type.tensor_type.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)
+
+
+def test_a_state_of_the_model_goes_on(model: MoMForCausalLM, exported: Maker) -> None:
+    import torch
+
+    ids = torch.randint(0, 256, (2, 40))
+    with torch.no_grad():
+        expected = model(ids).logits[:, 30:]
+        state = model(ids[:, :30]).state
+    logits, _ = export.load(exported("int8"))(ids[:, 30:], state)
+    assert np.linalg.norm(logits - expected.numpy()) < 0.05 * float(expected.norm())
+
+
+def test_a_table_over_artifacts(
+    model: MoMForCausalLM, exported: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``verify A B --checkpoint X``: a column each, a conversation through all, the exit status."""
+    model.save_pretrained(tmp_path / "checkpoint")
+    export.to_pt2(model, tmp_path / "pt2")
+    folders = [str(exported("int8")), str(tmp_path / "pt2")]
+    assert main(["verify", *folders, "--checkpoint", str(tmp_path / "checkpoint")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["check", *folders]
+    assert any(line.startswith("greedy text") and line.count("ok") == 1 for line in lines)
+    assert lines[-1].startswith("one conversation through all of them:") and lines[-1].endswith("ok")
+    assert main(["verify", *folders, "--checkpoint", str(tmp_path / "checkpoint"), "--tolerance", "1e-9"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_messages(model: MoMForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="precision must be one of float32, float16, int8, int4, got 'int2'"):
+        export.to_onnx(model, tmp_path / "x", precision="int2")
+    with pytest.raises(ValueError, match="precision must be float32 for target portable, got 'int8'"):
+        export.to_onnx(model, tmp_path / "x", target="portable", precision="int8")
+    model.save_pretrained(tmp_path / "checkpoint")
+    command = ["export", str(tmp_path / "checkpoint"), str(tmp_path / "x"), "--to", "pt2", "--precision", "int8"]
+    assert main(command) == 2
+    assert "--precision must be float32 for --to pt2, got int8" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
