@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install demo test test-interpret test-slow test-gpu check lint types kernels bench clean
+.PHONY: help install demo test test-interpret test-slow test-gpu check lint types kernels kernels-sm90 bench clean
 
 help:
 	@echo "make demo   train a small model, export it to ONNX, verify it, generate from the exported graph"
@@ -48,6 +48,10 @@ test-gpu: $(STAMP)
 	MOM_TEST_DEVICE=cuda $(PYTEST) $(INTERPRETED) tests/test_opcheck.py tests/test_model.py tests/test_compile.py \
 		tests/test_decode.py tests/test_state_ops.py
 	$(PYTEST) -m gpu
+
+# Every kernel configuration: for the architecture of the GPUs at hand, and for all.
+kernels-sm90: $(STAMP)
+	$(PYTEST) $(PARALLEL) -m kernels -k sm90
 
 kernels: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m kernels

@@ -14,9 +14,6 @@ if INTERPRET:
 
 SPILL_LIMIT = 512
 """Bytes that one thread may spill."""
-COMPLETE = 90
-"""The architecture whose variants every run compiles; the others compile the quick ones."""
-
 VARIANTS = collect()
 
 
@@ -26,7 +23,7 @@ def _cases() -> list[object]:
             variant,
             architecture,
             id=f"sm{architecture}-{name_of(variant)}",
-            marks=[] if variant.quick or architecture == COMPLETE else [pytest.mark.kernels],
+            marks=[] if variant.quick else [pytest.mark.kernels],
         )
         for architecture in SHARED_MEMORY_KB
         for variant in VARIANTS
