@@ -222,8 +222,8 @@ def _fold_weights(graph: Any) -> None:
     import onnx_ir as ir
 
     for node in list(graph):
-        values = [None if value is None else value.const_value for value in node.inputs]
-        if node.op_type not in ("Reshape", "Transpose") or None in values:
+        values = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+        if node.op_type not in ("Reshape", "Transpose") or len(values) < len(node.inputs):
             continue
         data = values[0].numpy()
         if node.op_type == "Reshape":

@@ -15,6 +15,7 @@ from mom_compile.export import artifact
 from mom_compile.export.precision import _router_path
 
 PRECISIONS = ("float16", "int8", "int4")
+READERS = ("TopK", "LinearAttention")
 Maker = Callable[[str], Path]
 
 
@@ -66,7 +67,13 @@ def test_the_router_stays_float32(precision: str, exported: Maker) -> None:
         assert len(found) == 1 and found[0].data_type == onnx.TensorProto.FLOAT
         assert "Softplus" in {node.op_type for node in graph.node if node.name in path}
         half = {n.output[0] for n in graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT16}
-        assert not any(half.intersection(node.input) for node in graph.node if node.name in path)
+        producer = {output: node for node in graph.node for output in node.output}
+        pending = [node.input[0 if node.op_type == "TopK" else 4] for node in graph.node if node.op_type in READERS]
+        while pending:  # back from the choice and from the log decay to the projection
+            value = pending.pop()
+            assert value not in half, value
+            if value in producer and producer[value] not in projections:
+                pending += producer[value].input
         quantized = [node for node in graph.node if node.op_type == "MatMulNBits"]
         assert bool(quantized) == precision.startswith("int")
         for value in (*graph.input[1:], *graph.output):
