@@ -34,16 +34,16 @@ def lower_precision(model: Any, precision: str) -> Any:
 
     if precision == "float32":
         return model
-    floats = {
-        value.name
-        for node in model.graph
-        for value in node.outputs
-        if value.type is not None and value.dtype == ir.DataType.FLOAT
-    }
     proto = ir.to_proto(model)
     for index, node in enumerate(proto.graph.node):
         node.name = node.name or f"node_{index}"
     router = list(_router_path(proto.graph))
+    floats = {  # by node: the float16 tool renames values
+        (node.name, index)
+        for node, typed in zip(proto.graph.node, model.graph, strict=True)
+        for index, value in enumerate(typed.outputs)
+        if value.type is not None and value.dtype == ir.DataType.FLOAT
+    }
     for logger in ("onnxruntime.transformers.float16", "onnxruntime.quantization.matmul_nbits_quantizer"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     if precision == "float16":
@@ -71,15 +71,17 @@ def lower_precision(model: Any, precision: str) -> Any:
     return result
 
 
-def _join_float32(graph: Any, floats: set[str], kept: Collection[str], operators: Collection[str]) -> None:
+def _join_float32(
+    graph: Any, floats: Collection[tuple[str, int]], kept: Collection[str], operators: Collection[str]
+) -> None:
     """Take the detour through float16 out from between two nodes that both stayed float32: the tool puts one there.
 
-    ``floats``: the values that were float32 before; ``kept``, ``operators``: what stayed so.
+    ``floats``: (node, output) of the values that were float32 before; ``kept``, ``operators``: what stayed so.
     """
     float32 = {value.name for value in graph.input} | {x.name for x in graph.initializer if x.data_type == _FLOAT}
     for node in graph.node:
         if node.name in kept or node.op_type in operators:
-            float32.update(floats.intersection(node.output))
+            float32.update(name for index, name in enumerate(node.output) if (node.name, index) in floats)
     source = {
         node.output[0]: node.input[0]
         for node in graph.node

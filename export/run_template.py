@@ -18,8 +18,8 @@ def main() -> None:
     args = parser.parse_args()
     manifest = json.loads((FOLDER / "manifest.json").read_text())
     sessions = {
-        name: onnxruntime.InferenceSession(str(FOLDER / file), providers=["CPUExecutionProvider"])
-        for name, file in manifest["graphs"].items()
+        name: onnxruntime.InferenceSession(str(FOLDER / manifest["graphs"][name]), providers=["CPUExecutionProvider"])
+        for name in ("prefill", "decode")
     }
     if manifest["tokenizer"] == "tokenizers":
         from tokenizers import Tokenizer

@@ -39,7 +39,7 @@ def test_pt2_and_a_checkpoint(
     model, folder = pt2_artifact
     assert main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "pt2 artifact" in out and "decode.pt2 (decode)" in out and "mom::recurrent_gated_delta_rule 1" in out
+    assert "pt2 artifact" in out and "decode.pt2 (decode)" in out and "mom::decode_step 1" in out
     model.save_pretrained(tmp_path / "checkpoint")
     assert main(["inspect", str(tmp_path / "checkpoint"), "--text", "ab"]) == 0
     out = capsys.readouterr().out
