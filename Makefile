@@ -26,8 +26,8 @@ demo: $(STAMP)
 	$(BIN)/mom-compile demo $(DEMO_ARGS)
 
 PYTEST := $(BIN)/python -m pytest
-# One process per core (the tests themselves use one thread); see conftest.py for what stays together.
-PARALLEL := -n auto --dist loadgroup
+# One process per core (the tests themselves use one thread), a file in one process: its fixtures are shared.
+PARALLEL := -n auto --dist loadfile
 
 test: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels"
@@ -51,10 +51,10 @@ test-gpu: $(STAMP)
 
 # Every kernel configuration: for the architecture of the GPUs at hand, and for all.
 kernels-sm90: $(STAMP)
-	$(PYTEST) $(PARALLEL) -m kernels -k sm90
+	$(PYTEST) -n auto --dist worksteal -m kernels -k sm90
 
 kernels: $(STAMP)
-	$(PYTEST) $(PARALLEL) -m kernels
+	$(PYTEST) -n auto --dist worksteal -m kernels
 
 check: lint types
 

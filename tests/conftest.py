@@ -48,12 +48,7 @@ def pt2_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausal
     return model, folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        # Files stay together, as their fixtures are shared; kernels compile wherever a process is free.
-        if item.path.stem != "test_kernels_compile":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
