@@ -49,7 +49,7 @@ test-gpu: $(STAMP)
 		tests/test_decode.py tests/test_state_ops.py
 	$(PYTEST) -m gpu
 
-# Every kernel configuration: for the architecture of the GPUs at hand, and for all.
+# Every kernel configuration: for sm_90, and for every architecture.
 kernels-sm90: $(STAMP)
 	$(PYTEST) -n auto --dist worksteal -m kernels -k sm90
 

@@ -61,6 +61,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
         constants["NK"] = cdiv(heads.K, bk)
         if kernel is chunk_scan_kernel and not wide and shared_kb >= LARGE_KB:
             stages = 2
+    if kernel is chunk_bwd_kernel and shared_kb < LARGE_KB:
+        warps = 8  # without asynchronous products its tiles would not fit the registers of four
     split = kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel, chunk_out_kernel)
     return Config(constants | {"V": heads.V, "BV": bv}, warps, stages), cdiv(heads.V, bv) if split else 1
 
