@@ -85,10 +85,14 @@ def test_a_masked_row_keeps_its_state_in_the_step() -> None:
     state = model(tokens(2, 20)).state
     token = tokens(2, 1)
     masked = model(token, state=state, attention_mask=torch.tensor([[1], [0]]))
-    for before, after, free in zip(state, masked.state, model(token, state=state).state, strict=True):
+    full = model(token, state=state, attention_mask=torch.ones(2, 1, dtype=torch.int64))
+    free = model(token, state=state)
+    for before, after, same, close in zip(state, masked.state, full.state, free.state, strict=True):
         for name in before:
             assert torch.equal(after[name][1], before[name][1])
-            assert torch.equal(after[name][0], free[name][0])
+            assert torch.equal(after[name][0], same[name][0])
+            # Without a mask a kernel is compiled apart and may contract other products.
+            assert_close(same[name], close[name], 1e-6, name)
 
 
 @torch.no_grad()
