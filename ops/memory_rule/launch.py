@@ -39,7 +39,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
     """A kernel's configuration for thread blocks of ``shared_kb`` KiB of shared memory, and its programs along V.
 
     One stage where a product takes two plain loads: Triton 3.6 misses the fence between pipelined loads and the
-    asynchronous products of sm_90. The scans' products each have a computed operand, and so the fence.
+    asynchronous products of sm_90. The scans' products each have a computed operand, and so the fence; all but those
+    of the additive rule without a gate.
     """
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
@@ -59,7 +60,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
     if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
         bv = min(value, 16 if wide else 64 if shared_kb >= LARGE_KB else 32)
         constants["NK"] = cdiv(heads.K, bk)
-        if kernel is chunk_scan_kernel and not wide and shared_kb >= LARGE_KB:
+        computed = heads.gate or heads.delta
+        if kernel is chunk_scan_kernel and computed and not wide and shared_kb >= LARGE_KB:
             stages = 2
     if kernel is chunk_bwd_kernel and shared_kb < LARGE_KB:
         warps = 8  # without asynchronous products its tiles would not fit the registers of four
