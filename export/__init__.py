@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .genai_artifact import to_genai as to_genai
+    from .kernel_pack import to_kernels as to_kernels
     from .onnx_artifact import to_onnx as to_onnx
     from .onnx_runner import OnnxRunner as OnnxRunner
     from .pt2_artifact import to_pt2 as to_pt2
@@ -23,6 +24,7 @@ _MODULES = {
     "Runner": "runner",
     "load": "runner",
     "to_genai": "genai_artifact",
+    "to_kernels": "kernel_pack",
     "to_onnx": "onnx_artifact",
     "to_pt2": "pt2_artifact",
     "verify": "verification",

@@ -49,6 +49,8 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
         from .genai_runner import GenaiRunner
 
         return GenaiRunner(folder, manifest, **options)
+    if kind == "kernels":
+        raise ValueError("kind must be that of a graph, got 'kernels'; a kernel pack is launched with its mom_launch.h")
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}; a newer mom-compile wrote the folder")
 
 

@@ -77,7 +77,9 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Binary:
         compiled, log = build(True)
     ptx, cubin, shared = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared
     registers, spills = _usage(cubin)
-    taken = len(re.findall(r"^\s*\.param\s", ptx, re.MULTILINE))
+    entry = re.search(r"\.entry [^(]*\(([^)]*)\)", ptx)
+    assert entry is not None
+    taken = len(re.findall(r"\.param\s", entry[1]))
     return Binary(
         symbol=compiled.metadata.name,
         architecture=architecture,

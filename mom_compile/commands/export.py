@@ -10,6 +10,7 @@ TARGETS = {
     "portable": "standard ONNX operators only",
     "genai": "a folder for ONNX Runtime GenAI",
     "pt2": "torch.export programs, operators whole",
+    "kernels": "the Triton kernels as cubin and PTX, with a C header and launcher",
 }
 
 
@@ -28,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of --to onnxruntime; int8 and int4: the weights alone (default float32)",
     )
+    parser.add_argument(
+        "--architectures",
+        help="of --to kernels: compute capabilities times ten (default 80,86,87,89,90,120)",
+    )
     parser.add_argument("--tolerance", type=float, help="largest relative error (default 1e-4, more below float32)")
 
 
@@ -37,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from ..run_folder import model_folder
 
     model = MoMForCausalLM.from_pretrained(args.checkpoint)
+    if args.to == "kernels":
+        return _kernels(model, args)
     tokenizer = model_folder(args.checkpoint) / "tokenizer.json"
     options: dict[str, Any] = {
         "tokenizer": tokenizer if tokenizer.is_file() else None,
@@ -52,4 +59,22 @@ def run(args: argparse.Namespace) -> int:
         report = export.to_onnx(model, args.target, target=args.to, precision=args.precision, **options)
     print(report)
     print(f"{args.target}: {args.to}, largest relative error {report.error:.1e}")
+    return 0
+
+
+def _kernels(model: Any, args: argparse.Namespace) -> int:
+    from .. import export
+    from ..export.kernel_pack import ARCHITECTURES
+
+    architectures: list[int] = list(ARCHITECTURES)
+    if args.architectures is not None:
+        words = args.architectures.split(",")
+        if not all(word.strip().isdigit() for word in words):
+            raise ValueError(
+                f"--architectures must be numbers such as 86,90, got {args.architectures}; separate by commas"
+            )
+        architectures = [int(word) for word in words]
+    manifest = export.to_kernels(model, args.target, architectures)
+    count = sum(len(function["kernels"]) for function in manifest["functions"].values())
+    print(f"{args.target}: {count} kernels for sm_{', sm_'.join(map(str, manifest['architectures']))}")
     return 0

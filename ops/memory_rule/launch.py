@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._kernel_variant import SHARED_MEMORY_KB, KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, shared_memory_kb, variant
 from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
@@ -69,18 +68,9 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
     return Config(constants | {"V": heads.V, "BV": bv}, warps, stages), cdiv(heads.V, bv) if split else 1
 
 
-@cache
-def _shared_kb(device: torch.device) -> int:
-    """Shared memory of a thread block, in KiB; that of the smallest GPUs for the interpreter."""
-    if device.type != "cuda":
-        return min(SHARED_MEMORY_KB.values())
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin // 1024
-
-
 def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
     """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
-    config, blocks = _config(kernel, heads, _shared_kb(next(x.device for x in args if isinstance(x, Tensor))))
+    config, blocks = _config(kernel, heads, shared_memory_kb(next(x.device for x in args if isinstance(x, Tensor))))
     launch(kernel, (programs, blocks), config, *args)
 
 
