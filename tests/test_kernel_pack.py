@@ -205,8 +205,8 @@ def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Pat
     cases = [
         case for case in cases if any(e.smallest <= case[1][0] <= e.largest for e in entries(case[0], architecture))
     ]
-    launches = write_cases(tmp_path / "cases", cases, architecture)
+    count = write_cases(tmp_path / "cases", cases, architecture)
     program = os.environ.get("MOM_CHECK_PACK") or str(_build(pack, tmp_path / "check_pack"))
     done = subprocess.run([program, str(pack), str(tmp_path / "cases")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith(f"{launches} launches, 0 buffers differ\n")
+    assert done.stdout.endswith(f"{count} cases, 0 buffers differ\n")

@@ -35,6 +35,7 @@ struct Driver {
     int (*set_function)(void *, int, int) = nullptr;
     int (*launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                   void **) = nullptr;
+    int (*copy)(uint64_t, uint64_t, size_t, void *) = nullptr;
     std::string missing;
 
     Driver() {
@@ -55,6 +56,7 @@ struct Driver {
         find(library, "cuModuleGetFunction", function);
         find(library, "cuFuncSetAttribute", set_function);
         find(library, "cuLaunchKernel", launch);
+        find(library, "cuMemcpyDtoDAsync_v2", copy);
         if (missing.empty() && init(0)) missing = "the NVIDIA driver could not be initialised; is there a GPU?";
     }
 
@@ -222,6 +224,39 @@ int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[2]
     const int code = cuda->launch(loaded.function, x, y, z, kernel->threads, 1, 1, kernel->shared_bytes, stream,
                                   arguments.data(), nullptr);
     return code ? fail(std::string(kernel->name) + ": " + cuda->text(code)) : 0;
+}
+
+int mom_run(mom_pack *pack, const char *function, const uint32_t units[2], const mom_buffer *buffers, uint32_t count,
+            void *stream) {
+    const std::string prefix = std::string(function) + ".";
+    bool found = false;
+    for (uint32_t i = 0; i < mom_kernel_count; ++i) {
+        const mom_kernel *kernel = &mom_kernels[i];
+        if (kernel->architecture != pack->architecture || std::string(kernel->name).compare(0, prefix.size(), prefix) ||
+            units[0] < kernel->smallest || units[0] > kernel->largest)
+            continue;
+        found = true;
+        std::vector<uint64_t> pointers;
+        for (uint32_t j = 0; j < kernel->num_arguments; ++j) {
+            const mom_argument &argument = kernel->arguments[j];
+            if (argument.kind != MOM_POINTER) continue;
+            const mom_buffer *buffer = buffers;
+            while (buffer != buffers + count && std::string(buffer->name) != argument.name) ++buffer;
+            if (buffer == buffers + count)
+                return fail(std::string(kernel->name) + " needs a buffer " + argument.name + ", got none; pass it");
+            pointers.push_back(buffer->pointer);
+        }
+        if (mom_launch(pack, kernel, units, pointers.data(), nullptr, stream)) return 1;
+    }
+    if (!found) return fail(std::string(function) + " has no kernel for size " + std::to_string(units[0]));
+    return 0;
+}
+
+int mom_copy(uint64_t to, uint64_t from, uint64_t bytes, void *stream) {
+    const Driver *cuda = driver();
+    if (!cuda) return 1;
+    const int code = to == from ? 0 : cuda->copy(to, from, bytes, stream);
+    return code ? fail("copy: " + cuda->text(code)) : 0;
 }
 
 }  // extern "C"

@@ -75,6 +75,19 @@ int64_t mom_amount(const mom_argument *argument, const uint32_t units[2]);
 int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[2], const uint64_t *pointers,
                const mom_scalar *scalars, void *stream);
 
+/* A buffer of a function, by the name of the arguments that it is passed as. */
+typedef struct {
+    const char *name;
+    uint64_t pointer;
+} mom_buffer;
+
+/* All kernels of a function one after the other, with the table's scalars. Asynchronous; 0 on success. */
+int mom_run(mom_pack *pack, const char *function, const uint32_t units[2], const mom_buffer *buffers, uint32_t count,
+            void *stream);
+
+/* Copies on the device, asynchronous. 0 on success. */
+int mom_copy(uint64_t to, uint64_t from, uint64_t bytes, void *stream);
+
 /* What went wrong last on this thread. */
 const char *mom_error(void);
 

@@ -2,8 +2,9 @@
 //
 //   check_pack PACK CASES
 //
-// CASES/launches.txt has per launch a line "name unit0 unit1 pointers" and per pointer a line "input expected": raw
-// files with the bytes of a buffer before and after. Guard bands around each buffer must keep their bytes.
+// CASES/launches.txt has a line "launch KERNEL unit0 unit1 buffers" for a kernel, or "run FUNCTION ..." for all kernels of
+// a function, and per buffer a line "name input expected": raw files with its bytes before and after. Guard bands around
+// each buffer must keep their bytes.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -67,47 +68,59 @@ int main(int argc, char **argv) {
     find(library, "cuCtxSynchronize", memory.synchronize);
 
     std::ifstream list(folder + "/launches.txt");
-    std::string name;
+    std::string kind, name;
     uint32_t units[2];
     size_t count = 0;
     int launches = 0, wrong = 0;
-    while (list >> name >> units[0] >> units[1] >> count) {
-        const mom_kernel *kernel = mom_find(pack, name.c_str(), units[0]);
-        if (!kernel) return std::fprintf(stderr, "%s\n", mom_error()), 2;
+    while (list >> kind >> name >> units[0] >> units[1] >> count) {
+        std::vector<std::string> names(count);
         std::vector<uint64_t> bases(count), pointers(count);
         std::vector<Bytes> expected(count);
-        const mom_argument *argument = kernel->arguments;
-        for (size_t i = 0; i < count; ++i, ++argument) {
+        for (size_t i = 0; i < count; ++i) {
             std::string before, after;
-            list >> before >> after;
+            list >> names[i] >> before >> after;
             const Bytes input = read(folder + "/" + before);
             expected[i] = read(folder + "/" + after);
-            while (argument->kind != MOM_POINTER) ++argument;
-            if (static_cast<int64_t>(input.size()) != mom_amount(argument, units) || input.size() != expected[i].size())
-                return std::fprintf(stderr, "%s: %s has another size\n", name.c_str(), argument->name), 2;
+            if (input.size() != expected[i].size()) return std::fprintf(stderr, "%s: sizes differ\n", before.c_str()), 2;
             Bytes padded(input.size() + 2 * kGuard, static_cast<char>(kPattern));
-            std::memcpy(padded.data() + kGuard, input.data(), input.size());
+            if (!input.empty()) std::memcpy(padded.data() + kGuard, input.data(), input.size());
             if (memory.allocate(&bases[i], padded.size()) || memory.to_device(bases[i], padded.data(), padded.size()))
                 return std::fprintf(stderr, "%s: no memory\n", name.c_str()), 2;
             pointers[i] = bases[i] + kGuard;
         }
-        if (mom_launch(pack, kernel, units, pointers.data(), nullptr, nullptr) || memory.synchronize())
-            return std::fprintf(stderr, "%s: %s\n", name.c_str(), mom_error()), 2;
+        int failed;
+        if (kind == "launch") {
+            const mom_kernel *kernel = mom_find(pack, name.c_str(), units[0]);
+            if (!kernel) return std::fprintf(stderr, "%s\n", mom_error()), 2;
+            size_t i = 0;
+            for (uint32_t j = 0; j < kernel->num_arguments; ++j) {
+                const mom_argument *argument = &kernel->arguments[j];
+                if (argument->kind != MOM_POINTER) continue;
+                if (i == count || names[i] != argument->name ||
+                    static_cast<int64_t>(expected[i].size()) != mom_amount(argument, units))
+                    return std::fprintf(stderr, "%s: %s is not in the table so\n", name.c_str(), argument->name), 2;
+                ++i;
+            }
+            failed = mom_launch(pack, kernel, units, pointers.data(), nullptr, nullptr);
+        } else {
+            std::vector<mom_buffer> buffers;
+            for (size_t i = 0; i < count; ++i) buffers.push_back({names[i].c_str(), pointers[i]});
+            failed = mom_run(pack, name.c_str(), units, buffers.data(), static_cast<uint32_t>(count), nullptr);
+        }
+        if (failed || memory.synchronize()) return std::fprintf(stderr, "%s: %s\n", name.c_str(), mom_error()), 2;
         ++launches;
-        argument = kernel->arguments;
-        for (size_t i = 0; i < count; ++i, ++argument) {
-            while (argument->kind != MOM_POINTER) ++argument;
+        for (size_t i = 0; i < count; ++i) {
             Bytes got(expected[i].size() + 2 * kGuard);
             memory.to_host(got.data(), bases[i], got.size());
             memory.free(bases[i]);
             if (const long bad = differences(got, expected[i])) {
                 ++wrong;
                 std::printf("%s [%u, %u] %s: %ld of %zu bytes differ\n", name.c_str(), units[0], units[1],
-                            argument->name, bad, expected[i].size());
+                            names[i].c_str(), bad, expected[i].size());
             }
         }
     }
     mom_close(pack);
-    std::printf("%d launches, %d buffers differ\n", launches, wrong);
+    std::printf("%d cases, %d buffers differ\n", launches, wrong);
     return wrong || !launches;
 }
