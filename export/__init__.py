@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .aoti_artifact import to_aoti as to_aoti
     from .genai_artifact import to_genai as to_genai
     from .onnx_artifact import to_onnx as to_onnx
     from .onnx_runner import OnnxRunner as OnnxRunner
@@ -22,6 +23,7 @@ _MODULES = {
     "OnnxRunner": "onnx_runner",
     "Runner": "runner",
     "load": "runner",
+    "to_aoti": "aoti_artifact",
     "to_genai": "genai_artifact",
     "to_onnx": "onnx_artifact",
     "to_pt2": "pt2_artifact",

@@ -10,6 +10,7 @@ TARGETS = {
     "portable": "standard ONNX operators only",
     "genai": "a folder for ONNX Runtime GenAI",
     "pt2": "torch.export programs, operators whole",
+    "aoti": "AOTInductor packages, run without Python",
 }
 
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of --to onnxruntime; int8 and int4: the weights alone (default float32)",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of --to aoti (default cpu)")
     parser.add_argument("--tolerance", type=float, help="largest relative error (default 1e-4, more below float32)")
 
 
@@ -42,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer": tokenizer if tokenizer.is_file() else None,
         **({} if args.tolerance is None else {"tolerance": args.tolerance}),
     }
-    if args.precision != "float32" and args.to in ("pt2", "genai"):
+    if args.precision != "float32" and args.to in ("pt2", "genai", "aoti"):
         raise ValueError(f"--precision must be float32 for --to {args.to}, got {args.precision}; use --to onnxruntime")
     if args.to == "pt2":
         report = export.to_pt2(model, args.target, **options)
+    elif args.to == "aoti":
+        report = export.to_aoti(model, args.target, device=args.device, **options)
     elif args.to == "genai":
         report = export.to_genai(model, args.target, **options)
     else:
