@@ -20,8 +20,8 @@ from ..model import MoMForCausalLM
 from ..mom_attention import Form
 from ..state import layer_shapes
 from .aoti_runner import DEVICES, describe_device, open_package, state_inputs
-from .lowerings import lowerings
-from .program import DYNAMIC_BATCH, DYNAMIC_LENGTH, EXAMPLE_BATCH, EXAMPLE_LENGTH, StateProgram, trace
+from .lowerings import kernels, lowerings
+from .program import DYNAMIC_BATCH, DYNAMIC_LENGTH, EXAMPLE_BATCH, EXAMPLE_LENGTH, StateProgram, state_names, trace
 from .torch_runner import WEIGHTS_FILE
 from .writing import write_artifact
 
@@ -109,23 +109,36 @@ class CompiledProgram(StateProgram):
 
 
 def _compile(model: MoMForCausalLM, name: str, device: str, path: Path) -> None:
-    decode = name == "decode"
-    program = CompiledProgram(model, lowerings("aoti", decode), "touched" if decode else "portable")
-    with nullcontext() if decode else _one_chunk_is_a_size(), _quiet():
-        exported = export_compiled(program, decode)
+    with _quiet():
+        program = (export_kernels if device == "cuda" else export_decomposed)(model, name == "decode")
         torch._inductor.aoti_compile_and_package(
-            exported,
+            program,
             package_path=str(path),
             inductor_configs={
                 "aot_inductor.package_constants_in_so": False,
-                "aot_inductor.metadata": {"mom_state": state_inputs(layer_shapes(model.config, 1), program.names)},
+                "aot_inductor.metadata": {
+                    "mom_state": state_inputs(layer_shapes(model.config, 1), state_names(model.config))
+                },
                 "cpp.dynamic_threads": True,  # else the exporting process's number of threads is compiled in
             },
         )
 
 
-def export_compiled(program: CompiledProgram, decode: bool) -> torch.export.ExportedProgram:
-    """The torch.export program that is compiled: dynamic batch; one token for decode, any length for prefill."""
+def export_decomposed(model: MoMForCausalLM, decode: bool) -> torch.export.ExportedProgram:
+    """The program in operators of aten alone: an operator of ours could not run without Python on a CPU."""
+    program = CompiledProgram(model, lowerings("aoti", decode), "touched" if decode else "portable")
+    with nullcontext() if decode else _one_chunk_is_a_size():
+        return _export(program, decode)
+
+
+def export_kernels(model: MoMForCausalLM, decode: bool) -> torch.export.ExportedProgram:
+    """The program with the operators' Triton kernels in it, for CUDA."""
+    with kernels() as table, nullcontext() if decode else _one_chunk_is_a_size():
+        return _export(CompiledProgram(model, table, "step" if decode else "packed"), decode)
+
+
+def _export(program: CompiledProgram, decode: bool) -> torch.export.ExportedProgram:
+    """Dynamic batch; one token for decode, any length for prefill."""
     model = program.model
     length, device = 1 if decode else EXAMPLE_LENGTH, model.lm_head.weight.device
     ids = torch.arange(EXAMPLE_BATCH * length, device=device).view(EXAMPLE_BATCH, length) % model.config.vocab_size

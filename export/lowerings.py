@@ -6,7 +6,8 @@ The portable form of the layer holds three of them: ``mom::route``, ``mom::gated
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch._higher_order_ops.scan import scan_op
 from torch.nn import functional as F
 
 from ..ops import CHUNK, RULES
+from ..ops._launch import traced_launches
+from ..ops._library import TRITON_IMPLEMENTATIONS
 from ..ops.memory_rule import Rule
 
 Lowering = Callable[..., Any]
@@ -229,3 +232,14 @@ def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
     return {**table, **{packet.default: replacement for packet, replacement in table.items()}}
+
+
+@contextmanager
+def kernels() -> Iterator[dict[Any, Lowering]]:
+    """Operator -> its Triton implementation, whose launches are nodes of the graph traced meanwhile."""
+    with traced_launches():
+        yield {
+            name: implementation
+            for overload, implementation in TRITON_IMPLEMENTATIONS.items()
+            for name in (overload, overload.overloadpacket)
+        }

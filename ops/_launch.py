@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,26 @@ class Config:
     num_stages: int = 1
 
 
+_tracing = False
+
+
+@contextlib.contextmanager
+def traced_launches() -> Iterator[None]:
+    """Launches become nodes of the graph that is being traced, through ``torch.library.wrap_triton``."""
+    global _tracing
+    _tracing = True
+    try:
+        yield
+    finally:
+        _tracing = False
+
+
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> None:
     """Run ``kernel`` on the device of its first tensor; an empty grid runs nothing."""
+    if _tracing:  # sizes may be symbols, and options other than these two have no place in a graph
+        traced = torch.library.wrap_triton(kernel)[grid]
+        traced(*args, **config.constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        return
     if 0 in grid:
         return
     device = next(x.device for x in args if isinstance(x, Tensor))
@@ -65,6 +83,11 @@ def variant(
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def bits(n: int) -> int:
+    """``n.bit_length()``; the most there can be for a symbol."""
+    return n.bit_length() if isinstance(n, int) else 31
 
 
 def cdiv(a: int, b: int) -> int:
