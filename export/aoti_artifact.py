@@ -166,7 +166,7 @@ def _one_chunk_is_a_size() -> Iterator[None]:
     """Trace without the assumption that no size is 1, which would refuse a prompt of one chunk."""
     from torch.fx.experimental import _config
 
-    with _config.patch(backed_size_oblivious=True):
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
 
 

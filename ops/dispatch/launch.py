@@ -70,8 +70,9 @@ def dispatch(
         segment_kernel, (1,), _segment_config(memories, chunk_size),
         bound_count, segment_start, segment_length, end_chunk, group_offset, sequences,
     )  # fmt: skip
+    fills = torch.sym_max(cdiv(rows, FILL.value), cdiv(chunks, CHUNK_BLOCK.value))
     launch(
-        chunk_kernel, (torch.sym_max(cdiv(rows, FILL.value), cdiv(chunks, CHUNK_BLOCK.value)),), _chunk_config(memories),
+        chunk_kernel, (fills,), _chunk_config(memories),
         end_chunk, chunk_segment, entry_of, rows, chunks, sequences, bits(segments),
     )  # fmt: skip
     launch(
