@@ -109,8 +109,9 @@ class CompiledProgram(StateProgram):
 
 
 def _compile(model: MoMForCausalLM, name: str, device: str, path: Path) -> None:
-    with _quiet():
-        program = (export_kernels if device == "cuda" else export_decomposed)(model, name == "decode")
+    decode = name == "decode"
+    with _quiet(), nullcontext() if decode else _one_chunk_is_a_size():  # compiling traces once more
+        program = (export_kernels if device == "cuda" else export_decomposed)(model, decode)
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
@@ -127,13 +128,12 @@ def _compile(model: MoMForCausalLM, name: str, device: str, path: Path) -> None:
 def export_decomposed(model: MoMForCausalLM, decode: bool) -> torch.export.ExportedProgram:
     """The program in operators of aten alone: an operator of ours could not run without Python on a CPU."""
     program = CompiledProgram(model, lowerings("aoti", decode), "touched" if decode else "portable")
-    with nullcontext() if decode else _one_chunk_is_a_size():
-        return _export(program, decode)
+    return _export(program, decode)
 
 
 def export_kernels(model: MoMForCausalLM, decode: bool) -> torch.export.ExportedProgram:
     """The program with the operators' Triton kernels in it, for CUDA."""
-    with kernels() as table, nullcontext() if decode else _one_chunk_is_a_size():
+    with kernels() as table:
         return _export(CompiledProgram(model, table, "step" if decode else "packed"), decode)
 
 

@@ -11,6 +11,7 @@ TARGETS = {
     "genai": "a folder for ONNX Runtime GenAI",
     "pt2": "torch.export programs, operators whole",
     "aoti": "AOTInductor packages, run without Python",
+    "triton-server": "a model repository for the Triton Inference Server",
 }
 
 
@@ -44,12 +45,14 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer": tokenizer if tokenizer.is_file() else None,
         **({} if args.tolerance is None else {"tolerance": args.tolerance}),
     }
-    if args.precision != "float32" and args.to in ("pt2", "genai", "aoti"):
+    if args.precision != "float32" and args.to in ("pt2", "genai", "aoti", "triton-server"):
         raise ValueError(f"--precision must be float32 for --to {args.to}, got {args.precision}; use --to onnxruntime")
     if args.to == "pt2":
         report = export.to_pt2(model, args.target, **options)
     elif args.to == "aoti":
         report = export.to_aoti(model, args.target, device=args.device, **options)
+    elif args.to == "triton-server":
+        report = export.to_triton_server(model, args.target, **options)
     elif args.to == "genai":
         report = export.to_genai(model, args.target, **options)
     else:
