@@ -24,10 +24,10 @@ _README = """# A MoM language model for the Triton Inference Server
 
     tritonserver --model-repository={repository}
 
-`{config}` maps every past state to its present one (implicit state), so the server carries the
-state from request to request of a sequence and starts it at zero. A request takes `input_ids` [B, T] int64, one token or a whole prompt, and
-returns `logits` [B, T, {vocab_size}]; it bears a correlation id (`sequence_id`), `sequence_start` on the first request
-and `sequence_end` on the last:
+`{config}` maps every past state to its present one (implicit state), so the server carries
+the state from request to request of a sequence and starts it at zero. A request takes `input_ids` [B, T] int64, one
+token or a whole prompt, and returns `logits` [B, T, {vocab_size}]; it bears a correlation id (`sequence_id`),
+`sequence_start` on the first request and `sequence_end` on the last:
 
     client.infer("{model}", [input_ids], sequence_id=7, sequence_start=True)   # the prompt
     client.infer("{model}", [token], sequence_id=7)                            # a token each

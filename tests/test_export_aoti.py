@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_model, tokens
+from sessions import check_interleaved
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
@@ -78,6 +79,10 @@ def test_a_state_passed_in_is_unchanged(exported: tuple[MoMForCausalLM, Path]) -
             for layer, values in enumerate(before):
                 for name, value in values.items():
                     assert torch.equal(value, state[layer][name]) and not torch.equal(value, present[layer][name])
+
+
+def test_interleaved_conversations(exported: tuple[MoMForCausalLM, Path]) -> None:
+    check_interleaved(exported[1])
 
 
 def test_ties_go_to_the_lowest_memory(exported: tuple[MoMForCausalLM, Path]) -> None:
