@@ -66,7 +66,7 @@ def to_kernels(
                 kernels += _compile(staging, function, architecture)
         (staging / HEADER).write_text(header(kernels), encoding="utf-8")
         for name in LAUNCHER:
-            source = resources.files(__package__ or "").joinpath("native", name)
+            source = resources.files(__package__ or "").joinpath("cpp", name)
             (staging / name).write_bytes(source.read_bytes())
         manifest = {
             "kind": "kernels",

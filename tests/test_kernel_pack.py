@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 if INTERPRET:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-NATIVE = Path(__file__).parent / "native"
+NATIVE = Path(__file__).parent / "cpp"
 META = torch.device("meta")
 
 

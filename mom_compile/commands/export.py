@@ -11,6 +11,8 @@ TARGETS = {
     "genai": "a folder for ONNX Runtime GenAI",
     "pt2": "torch.export programs, operators whole",
     "kernels": "the Triton kernels as cubin and PTX, with a C header and launcher",
+    "aoti": "AOTInductor packages, run without Python",
+    "triton-server": "a model repository for the Triton Inference Server",
 }
 
 
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--architectures",
         help="of --to kernels: compute capabilities times ten (default 80,86,87,89,90,120)",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of --to aoti (default cpu)")
     parser.add_argument("--tolerance", type=float, help="largest relative error (default 1e-4, more below float32)")
 
 
@@ -49,10 +52,14 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer": tokenizer if tokenizer.is_file() else None,
         **({} if args.tolerance is None else {"tolerance": args.tolerance}),
     }
-    if args.precision != "float32" and args.to in ("pt2", "genai"):
+    if args.precision != "float32" and args.to in ("pt2", "genai", "aoti", "triton-server"):
         raise ValueError(f"--precision must be float32 for --to {args.to}, got {args.precision}; use --to onnxruntime")
     if args.to == "pt2":
         report = export.to_pt2(model, args.target, **options)
+    elif args.to == "aoti":
+        report = export.to_aoti(model, args.target, device=args.device, **options)
+    elif args.to == "triton-server":
+        report = export.to_triton_server(model, args.target, **options)
     elif args.to == "genai":
         report = export.to_genai(model, args.target, **options)
     else:
