@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .pt2_artifact import to_pt2 as to_pt2
     from .runner import Runner as Runner
     from .runner import load as load
+    from .tensorrt_artifact import to_tensorrt as to_tensorrt
+    from .tensorrt_runner import TensorRTRunner as TensorRTRunner
     from .verification import verify as verify
 
 # Lazy: loading an artifact must import neither torch nor triton.
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 _MODULES = {
     "OnnxRunner": "onnx_runner",
     "Runner": "runner",
+    "TensorRTRunner": "tensorrt_runner",
     "load": "runner",
     "to_genai": "genai_artifact",
     "to_onnx": "onnx_artifact",
     "to_pt2": "pt2_artifact",
+    "to_tensorrt": "tensorrt_artifact",
     "verify": "verification",
 }
 __all__ = [*_MODULES]
