@@ -41,6 +41,13 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tens
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float() * F.silu(gate)).to(dtype)
 
 
+def _conv1d(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+    # ONNX has no bfloat16 Conv before opset 22.
+    if x.dtype == torch.bfloat16:
+        return torch.conv1d(x.float(), weight.float(), *rest, **options).to(x.dtype)
+    return torch.conv1d(x, weight, *rest, **options)
+
+
 def linear_attention(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -178,4 +185,5 @@ def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     table: dict[Any, Lowering] = {torch.ops.mom.route: _route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
-    return {**table, **{packet.default: replacement for packet, replacement in table.items()}}
+    table |= {packet.default: replacement for packet, replacement in table.items()}
+    return {**table, torch.conv1d: _conv1d}
