@@ -1,9 +1,9 @@
-"""Engines of TensorRT for RTX from models of random weights, with no GPU: seconds, bytes and peak memory of every stage.
+"""Engines of TensorRT for RTX from models of random weights, with no GPU: seconds, bytes and peak memory of a stage.
 
-    python benchmarks/tensorrt_build.py [--model 512M 1B] [--precision float16] [--compute-capability 89] [--out FILE.csv]
+    python benchmarks/tensorrt_build.py [--model 512M 1B] [--precision float16] [--compute-capability 89] [--out F.csv]
 
-The graphs are written by one process and every engine is built by a process of its own, so that each peak is that of one
-stage. The graphs are not verified here: ``mom-compile export --to tensorrt`` does that.
+The graphs are written by one process and every engine is built by a process of its own, so that each peak is that of
+one stage. The graphs are not verified here: ``mom-compile export --to tensorrt`` does that.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main() -> None:
             for stage in ("graphs", "decode", "prefill"):
                 options = ["--model", name, "--precision", args.precision, "--folder", folder, "--stage", stage]
                 options += ["--compute-capability", *map(str, args.compute_capability)]
-                child = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True)
+                child = subprocess.run(
+                    [sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True
+                )
                 rows.append(json.loads(child.stdout.splitlines()[-1]))
                 print(rows[-1], flush=True)
     if args.out:

@@ -51,7 +51,7 @@ def _import() -> ModuleType:
                 return importlib.import_module(name)
             except ImportError as error:
                 raise ImportError(
-                    f"{name} must find its libraries, got {error}; they are in the wheel tensorrt-rtx-cu13-libs: {_INSTALL}"
+                    f"{name} must find its libraries, got {error}; tensorrt-rtx-cu13-libs brings them: {_INSTALL}"
                 ) from error
     raise ImportError(f"TensorRT for RTX must be installed to build or run engines, got no such package; {_INSTALL}")
 
@@ -97,9 +97,13 @@ def check_compute_capabilities(values: Sequence[int]) -> tuple[int, ...]:
     """
     known = ", ".join(map(str, COMPUTE_CAPABILITIES))
     if not values:
-        raise ValueError(f"compute_capabilities must name at least one of {known}, got none; 89 is an RTX 40 series GPU")
+        raise ValueError(
+            f"compute_capabilities must name at least one of {known}, got none; 89 is an RTX 40 series GPU"
+        )
     for value in values:
         if value not in COMPUTE_CAPABILITIES:
             advice = _ELSEWHERE.get(value, "give it without the point, as 89 for 8.9")
-            raise ValueError(f"compute_capabilities must be among {known} for TensorRT for RTX, got {value!r}; {advice}")
+            raise ValueError(
+                f"compute_capabilities must be among {known} for TensorRT for RTX, got {value!r}; {advice}"
+            )
     return tuple(sorted(set(values)))

@@ -52,7 +52,9 @@ def check_parser_operators(path: Path) -> None:
         )
 
 
-def _problems(graph: Any, operators: Mapping[str, Sequence[str]], outer: Mapping[str, int] | None = None) -> Iterator[str]:
+def _problems(
+    graph: Any, operators: Mapping[str, Sequence[str]], outer: Mapping[str, int] | None = None
+) -> Iterator[str]:
     types = dict(outer or {})
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -109,7 +111,10 @@ def quantize_weights(model: Any, precision: str) -> Any:
             graph.register_initializer(quantized)
             graph.register_initializer(scales)
             dequantize = ir.node(
-                "DequantizeLinear", [quantized, scales], {"axis": 0, "block_size": block}, name=f"{weight.name}_dequantize"
+                "DequantizeLinear",
+                [quantized, scales],
+                {"axis": 0, "block_size": block},
+                name=f"{weight.name}_dequantize",
             )
             dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, weight.shape
             graph.insert_before(node, dequantize)

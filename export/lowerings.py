@@ -75,7 +75,7 @@ def linear_attention(
 def one_token(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The rule for T = 1 in plain operators, in the dtype of the state: reading the state takes longer than the sums."""
+    """The rule for T = 1 in plain operators, in the dtype of the state: reading it takes longer than the sums."""
     dtype = q.dtype
     q, k, v = (x.transpose(1, 2).to(state.dtype) for x in (q, k, v))  # [B, h, 1, d]
     if g is not None:

@@ -49,7 +49,7 @@ class _Replace(TorchFunctionMode):
 
 
 class StateProgram(nn.Module):
-    """``forward(input_ids, past) -> (logits, present)`` over one form of the layers; ``past`` is a flat list of tensors.
+    """``forward(input_ids, past) -> (logits, present)`` over a form of the layers; ``past`` is a flat list of tensors.
 
     ``lowerings``: operator -> replacement. Replacing them while the model is traced spares a pass over the program.
     Logits and states come out in float32, whatever the model computes in.

@@ -1,4 +1,4 @@
-"""Writing a TensorRT artifact: ONNX graphs that its parser takes, engines built with no GPU, and how to build others."""
+"""Writing a TensorRT artifact: graphs that its parser takes, engines built with no GPU, and how to build others."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from .._extras import require
 from ._tensorrt import require_tensorrt
 from .onnx_runner import TOUCHED_GRAPH, OnnxRunner
 from .runner import Runner, State, Step
-from .tensorrt_shapes import check_fits
+from .tensorrt_shapes import check_batch
 
 
 def open_tensorrt(folder: Path, manifest: Mapping[str, Any], **options: Any) -> Runner:
@@ -71,16 +72,16 @@ class Engine:
 
     Args:
         file: the serialized engine.
-        version: of the TensorRT for RTX that built it.
+        version: of the TensorRT for RTX that built it; None: trtexec of this device did, for the full TensorRT.
 
     Raises:
-        ImportError: TensorRT for RTX is missing.
+        ImportError: TensorRT is missing.
         ValueError: an engine of another version, or one that this GPU and driver do not open.
     """
 
-    def __init__(self, file: Path, version: str) -> None:
-        self.tensorrt = tensorrt = require_tensorrt()
-        if tensorrt.__version__ != version:
+    def __init__(self, file: Path, version: str | None) -> None:
+        self.tensorrt = tensorrt = _full_tensorrt() if version is None else require_tensorrt()
+        if version is not None and tensorrt.__version__ != version:
             raise ValueError(
                 f"{file.name} must be run by TensorRT for RTX {version}, which built it, got {tensorrt.__version__}; "
                 f'run: pip install "tensorrt-rtx-cu13-libs=={version}" "tensorrt-rtx-cu13-bindings=={version}", or '
@@ -90,14 +91,16 @@ class Engine:
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             raise ValueError(
-                f"{file.name} must open on this GPU with its driver, got an engine that TensorRT for RTX {version} "
-                "refuses; update the driver, or export again for this GPU"
+                f"{file.name} must open on this GPU with its driver, got one that TensorRT {tensorrt.__version__} "
+                "refuses; update the driver, or build it again for this GPU"
             )
         self._engine = engine
-        config = engine.create_runtime_config()
-        # TensorRT for RTX captures a CUDA graph by itself, anew where shapes change.
-        config.cuda_graph_strategy = tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._context = engine.create_execution_context(config)
+        if version is None:
+            self._context = engine.create_execution_context()
+        else:  # TensorRT for RTX captures a CUDA graph by itself, anew where shapes change
+            config = engine.create_runtime_config()
+            config.cuda_graph_strategy = tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self._context = engine.create_execution_context(config)
 
     def enqueue(self, addresses: Mapping[str, int], shapes: Mapping[str, Sequence[int]], stream: int) -> None:
         """Run on a stream.
@@ -113,11 +116,22 @@ class Engine:
         """
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, tuple(shape)):
-                raise ValueError(f"{name} must have a shape within the engine's profile, got {tuple(shape)}; see manifest.json")
+                raise ValueError(
+                    f"{name} must have a shape within the engine's profile, got {tuple(shape)}; manifest.json has it"
+                )
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
         if not self._context.execute_async_v3(stream):
-            raise RuntimeError(f"the engine must run, got a failure of TensorRT {self.tensorrt.__version__}; see its log above")
+            raise RuntimeError(f"TensorRT {self.tensorrt.__version__} must run the engine, got a failure; see its log")
+
+
+def _full_tensorrt() -> Any:
+    try:
+        return importlib.import_module("tensorrt")
+    except ImportError as error:
+        raise ImportError(
+            f"tensorrt must be installed on the device, got {error}; run: apt-get install python3-libnvinfer"
+        ) from error
 
 
 class TensorRTRunner(Runner):
@@ -167,7 +181,7 @@ class TensorRTRunner(Runner):
             file = self.folder / self.manifest["engines"][name]["file"]
             if not file.is_file():
                 raise ValueError(f"{file.name} must be built on the device first, got no such file; run: sh build.sh")
-            self._engines[name] = Engine(file, self.manifest["versions"]["tensorrt-rtx"])
+            self._engines[name] = Engine(file, self.manifest["versions"].get("tensorrt-rtx"))
         return self._engines[name]
 
     @property
@@ -184,25 +198,27 @@ class TensorRTRunner(Runner):
         return super()._check_ids(input_ids.cpu() if isinstance(input_ids, self._torch.Tensor) else input_ids)
 
     def _run(self, ids: NDArray[np.int64], state: State) -> tuple[Any, State]:
-        ranges = self.manifest["ranges"]
-        check_fits(ranges, ids.shape[0], ranges["length"][0], "prefill.engine")
-        if ids.shape[1] == 1:
+        name = self._decode_graph if ids.shape[1] == 1 else "prefill"
+        self._check_batch(ids.shape[0], name)
+        if name != "prefill":
             logits = self._zeros((ids.shape[0], 1, self.config.vocab_size), "float32")
             step = _Decode(self, state, ids.shape[0], logits)
             step(self._torch.from_numpy(ids).to(self.device))
             return logits, step.state()
         pieces = []
-        for start in range(0, ids.shape[1], ranges["length"][2]):  # longer than the profile: in pieces
-            logits, state = self._prefill(ids[:, start : start + ranges["length"][2]], state)
+        piece = self.manifest["ranges"]["length"][2]
+        for start in range(0, ids.shape[1], piece):
+            logits, state = self._prefill(ids[:, start : start + piece], state)
             pieces.append(logits)
         return self._torch.cat(pieces, 1), state
+
+    def _check_batch(self, batch: int, name: str) -> None:
+        check_batch(self.manifest["ranges"], batch, self.manifest["engines"][name]["file"])
 
     def _prefill(self, ids: NDArray[np.int64], state: State) -> tuple[Any, State]:
         tokens = self._torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
         logits = self._zeros((*ids.shape, self.config.vocab_size), "float32")
-        present = tuple(
-            {name: self._torch.empty_like(value) for name, value in layer.items()} for layer in state
-        )
+        present = tuple({name: self._torch.empty_like(value) for name, value in layer.items()} for layer in state)
         past = self.flat(state, "past_key_values")
         self.enqueue("prefill", {"input_ids": tokens, **past}, {"logits": logits, **self.flat(present, "present")})
         return logits, present
@@ -227,7 +243,7 @@ class TensorRTRunner(Runner):
     def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int, **options: Any) -> Step:
         """As :meth:`Runner.decode_loop`: two sets of state buffers that are swapped at every step, or one of which the
         selected memories are written back."""
-        check_fits(self.manifest["ranges"], batch_size, self.manifest["ranges"]["length"][0], f"{self._decode_graph}.engine")
+        self._check_batch(batch_size, self._decode_graph)
         logits = self._zeros((batch_size, 1, self.config.vocab_size), "float32")
         decode = _Decode(self, self._check_state(batch_size, state), batch_size, logits)
 
@@ -260,9 +276,7 @@ class _Decode:
             }
             self._rows = torch.arange(batch, device=runner.device).unsqueeze(1)
         else:
-            self._sets.append(
-                tuple({name: value.clone() for name, value in layer.items()} for layer in state)
-            )
+            self._sets.append(tuple({name: value.clone() for name, value in layer.items()} for layer in state))
 
     def __call__(self, ids: Any) -> None:
         """One token for every row: ids ``[B, 1]`` int64 on the device."""

@@ -42,19 +42,19 @@ class ShapeRanges:
         return {"batch": list(self.batch), "length": list(self.length)}
 
 
-def check_fits(ranges: Mapping[str, Sequence[int]], batch: int, length: int, file: str) -> None:
-    """Raise unless a batch of ``length`` tokens lies within the ranges that an engine was built for.
+def check_batch(ranges: Mapping[str, Sequence[int]], batch: int, file: str) -> None:
+    """Raise unless a batch lies within the shapes that an engine was built for; a length is cut into pieces instead.
 
     Raises:
-        ValueError: names what is outside, and the option to build it in.
+        ValueError: names the range, and the option that builds another.
     """
-    for name, value in (("batch", batch), ("length", length)):
-        smallest, _, largest = ranges[name]
-        if not smallest <= value <= largest:
-            raise ValueError(
-                f"{name} must lie in [{smallest}, {largest}], the shape profile of {file}, got {value}; export again with "
-                f"{name}=({smallest}, ..., {max(value, largest)}), or pass less at a time"
-            )
+    smallest, likeliest, largest = ranges["batch"]
+    if not smallest <= batch <= largest:
+        wanted = (min(batch, smallest), likeliest, max(batch, largest))
+        raise ValueError(
+            f"the batch must lie in [{smallest}, {largest}], the shape profile of {file}, got {batch}; export again "
+            f"with --batch {' '.join(map(str, wanted))}, or pass fewer rows at a time"
+        )
 
 
 def trtexec_shapes(shapes: Shapes) -> str:

@@ -107,8 +107,8 @@ def dense(
 ) -> tuple[Tensor, LayerState, Tensor | None]:
     """One token, for export: as :func:`forward`, every memory computed and those not selected kept by a mask.
 
-    Neither gather nor scatter, so that an engine can fuse the whole update. A memory that the token did not select stays
-    bit-identical: it is multiplied by exp(0) and zero is added.
+    Neither gather nor scatter, so that an engine can fuse the whole update. A memory that the token did not select
+    stays bit-identical: it is multiplied by exp(0) and zero is added.
     """
     assert state is not None and valid is None
     config, rule = layer.config, layer.rule
