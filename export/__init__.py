@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .pt2_artifact import to_pt2 as to_pt2
     from .runner import Runner as Runner
     from .runner import load as load
+    from .tensorrt_artifact import to_tensorrt as to_tensorrt
+    from .tensorrt_runner import TensorRTRunner as TensorRTRunner
     from .triton_server_artifact import to_triton_server as to_triton_server
     from .verification import verify as verify
 
@@ -26,6 +28,7 @@ _MODULES = {
     "AotiRunner": "aoti_runner",
     "OnnxRunner": "onnx_runner",
     "Runner": "runner",
+    "TensorRTRunner": "tensorrt_runner",
     "load": "runner",
     "to_aoti": "aoti_artifact",
     "to_genai": "genai_artifact",
@@ -33,6 +36,7 @@ _MODULES = {
     "to_onnx": "onnx_artifact",
     "to_pt2": "pt2_artifact",
     "to_triton_server": "triton_server_artifact",
+    "to_tensorrt": "tensorrt_artifact",
     "verify": "verification",
 }
 __all__ = [*_MODULES]

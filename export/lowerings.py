@@ -46,7 +46,15 @@ def _route_by_sort(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight * F.silu(gate)
+    dtype, x, gate = x.dtype, x.float(), gate.float()
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float() * F.silu(gate)).to(dtype)
+
+
+def _conv1d(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+    # ONNX has no bfloat16 Conv before opset 22.
+    if x.dtype == torch.bfloat16:
+        return torch.conv1d(x.float(), weight.float(), *rest, **options).to(x.dtype)
+    return torch.conv1d(x, weight, *rest, **options)
 
 
 def linear_attention(
@@ -76,13 +84,14 @@ def linear_attention(
 def one_token(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The rule for T = 1 in plain operators."""
-    q, k, v = q[:, 0].unsqueeze(2), k[:, 0].unsqueeze(2), v[:, 0].unsqueeze(2)  # [B, h, 1, d]
+    """The rule for T = 1 in plain operators, in the dtype of the state: reading it takes longer than the sums."""
+    dtype = q.dtype
+    q, k, v = (x.transpose(1, 2).to(state.dtype) for x in (q, k, v))  # [B, h, 1, d]
     if g is not None:
-        state = state * g[:, 0, :, None, None].exp()
-    update = v if beta is None else beta[:, 0, :, None, None] * (v - k @ state)
+        state = state * g.transpose(1, 2).unsqueeze(-1).exp()
+    update = v if beta is None else beta.transpose(1, 2).unsqueeze(-1) * (v - k @ state)
     state = state + k.transpose(2, 3) @ update
-    return ((q * scale) @ state).transpose(1, 2), state
+    return ((q * scale) @ state).transpose(1, 2).to(dtype), state
 
 
 def chunked(
@@ -92,8 +101,10 @@ def chunked(
 
     The decay between two tokens is summed from the tokens between them (a product of two triangular matrices), never as
     a difference of cumulative sums: after a strong decay that difference has lost the small terms.
+
+    Below float32 the products are in the dtype of q, k and v; decay, inverse and the carried state stay float32.
     """
-    length = q.shape[1]
+    length, dtype = q.shape[1], q.dtype
     padding = (CHUNK - length % CHUNK) % CHUNK
 
     def chunks(x: Tensor) -> Tensor:
@@ -101,9 +112,9 @@ def chunked(
         return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
     q, k, v = chunks(q * scale), chunks(k), chunks(v)
-    ones = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device)
+    ones = torch.ones(CHUNK, CHUNK, dtype=state.dtype, device=q.device)
     lower, strict = ones.tril(), ones.tril(-1)
-    scores = (q @ k.transpose(2, 3)) * lower
+    scores = (q @ k.transpose(2, 3)) * lower.to(dtype)
     k_end, q_start, k_start, total = k, q, k, None
     decay = None
     if g is not None:
@@ -111,26 +122,29 @@ def chunked(
         between = (lower * steps.transpose(2, 3)) @ strict  # sum of g over (j, i]
         decay = between.exp() * lower
         from_start = (lower @ steps).exp()
-        to_end = between[..., -1:, :].transpose(2, 3).exp()
+        to_end = between[..., -1:, :].transpose(2, 3).exp().to(dtype)
         total = from_start[..., -1:, :]
-        scores, k_end, q_start, k_start = scores * decay, k * to_end, q * from_start, k * from_start
+        scores, k_end = scores * decay.to(dtype), k * to_end
+        q_start, k_start = q * from_start.to(dtype), k * from_start.to(dtype)
     if beta is None:
         xs = [q_start, scores, k_end, v]
     else:
         strength = chunks(beta.unsqueeze(-1))
-        gram = (k @ k.transpose(2, 3)) * strength * strict
-        inverse = _block_inverse(gram if decay is None else gram * decay)
+        gram = (k @ k.transpose(2, 3)).to(state.dtype) * strength * strict
+        inverse = _block_inverse(gram if decay is None else gram * decay).to(dtype)
+        strength = strength.to(dtype)
         xs = [q_start, scores, k_end, v * strength, k_start * strength, inverse]
     if total is not None:
         xs.append(total)
 
     def body(carry: Tensor, *rest: Tensor) -> list[Tensor]:
         q_start, scores, k_end, v_new = rest[:4]
+        before = carry.to(dtype)
         if beta is not None:
-            v_new = torch.bmm(rest[5], v_new - torch.bmm(rest[4], carry))
-        o = torch.bmm(q_start, carry) + torch.bmm(scores, v_new)
+            v_new = torch.bmm(rest[5], v_new - torch.bmm(rest[4], before))
+        o = torch.bmm(q_start, before) + torch.bmm(scores, v_new)
         decayed = carry if total is None else carry * rest[-1]
-        return [decayed + torch.bmm(k_end.transpose(1, 2), v_new), o]
+        return [decayed + torch.bmm(k_end.transpose(1, 2), v_new).to(carry.dtype), o]
 
     # The operator itself: torch's scan() would run Dynamo, which has no ranges for these sizes.
     # Three axes and bmm in its body: a matmul of four would capture the batch size, which the converter refuses.
@@ -231,7 +245,8 @@ def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     table: dict[Any, Lowering] = {torch.ops.mom.route: route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
-    return {**table, **{packet.default: replacement for packet, replacement in table.items()}}
+    table |= {packet.default: replacement for packet, replacement in table.items()}
+    return table if target == "aoti" else {**table, torch.conv1d: _conv1d}
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 from .._extras import check_installed
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
+from ..mom_attention import Form
 from ._onnxruntime import require_onnxruntime
 from .lowerings import lowerings
 from .onnx_runner import TOUCHED_GRAPH
@@ -189,7 +190,8 @@ def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:
     """One graph as an onnx_ir model."""
     decode, touched = name != "prefill", name == TOUCHED_GRAPH
     with quiet():
-        program = export_program(model, decode, lowerings(target, decode), touched)
+        form: Form = "dense" if decode and target == "tensorrt" else "portable"
+        program = export_program(model, decode, lowerings(target, decode), touched, form)
     states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
     present = states
     if touched:

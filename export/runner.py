@@ -20,7 +20,7 @@ Step = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 PREFILL_TOKENS = 4096
 """Tokens of one prefill call; longer prompts go through in pieces."""
-KINDS = ("onnx", "pt2", "genai", "aoti")
+KINDS = ("onnx", "pt2", "genai", "aoti", "tensorrt")
 
 
 def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
@@ -30,7 +30,8 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
         directory: written by one of the ``to_*`` functions.
         options: of the runner: ``providers`` (onnxruntime execution providers, the CPU's by default) for an ONNX
             artifact, ``device`` (the CPU by default) for a pt2 artifact, ``device`` (what it was compiled for by
-            default) for an aoti artifact.
+            default) for an aoti artifact. A tensorrt artifact runs its engines on a GPU, or with ``providers`` the
+            same graphs in onnxruntime.
 
     Raises:
         ValueError: the folder is damaged, edited or of another version.
@@ -56,6 +57,10 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
         from .aoti_runner import AotiRunner
 
         return AotiRunner(folder, manifest, **options)
+    if kind == "tensorrt":
+        from .tensorrt_runner import open_tensorrt
+
+        return open_tensorrt(folder, manifest, **options)
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}; a newer mom-compile wrote the folder")
 
 

@@ -14,6 +14,7 @@ STANDARD_DOMAINS = ("", "ai.onnx")
 TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
     "triton-server": STANDARD_DOMAINS,
+    "tensorrt": STANDARD_DOMAINS,
     "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft"),
 }
 

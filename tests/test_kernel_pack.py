@@ -52,7 +52,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_is_that_of_the_binaries(pack: Path) -> None:
     manifest = read_manifest(pack)
-    assert manifest["kind"] == "kernels" and manifest["architectures"] == [90]
+    assert manifest["kind"] == "kernels" and manifest["compute_capabilities"] == [90]
     seen = 0
     for function in manifest["functions"].values():
         for kernel in function["kernels"]:
@@ -151,9 +151,9 @@ def test_a_changed_file_is_noticed(pack: Path, tmp_path: Path) -> None:
 
 def test_bad_input(pack: Path, tmp_path: Path) -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"architectures must be some of 80, .*, got 75; leave out"):
+    with pytest.raises(ValueError, match=r"compute_capabilities must be some of 80, .*, got 75; leave out"):
         to_kernels(model, tmp_path / "a", [90, 75])
-    with pytest.raises(ValueError, match="architectures must be some of .*, got none"):
+    with pytest.raises(ValueError, match="compute_capabilities must be some of .*, got none"):
         to_kernels(model, tmp_path / "a", [])
     with pytest.raises(ValueError, match="must have parameters of float32, bfloat16 or float16, got float64"):
         to_kernels(tiny_model().double(), tmp_path / "a", [90])
