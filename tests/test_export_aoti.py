@@ -217,4 +217,4 @@ def test_command_line(exported: tuple[MoMForCausalLM, Path], capsys: pytest.Capt
     assert capsys.readouterr().out.startswith("The ")
     assert main(["inspect", str(exported[1])]) == 0
     out = capsys.readouterr().out
-    assert "aoti artifact" in out and "aten::bmm" in out and "higher_order::scan" in out
+    assert "aoti artifact" in out and "aten::linear 9" in out and "higher_order::scan 1" in out
