@@ -6,7 +6,8 @@ The portable form of the layer holds three of them: ``mom::route``, ``mom::gated
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch._higher_order_ops.scan import scan_op
 from torch.nn import functional as F
 
 from ..ops import CHUNK, RULES
+from ..ops._launch import Launch, instead_of_launches
+from ..ops._library import TRITON_IMPLEMENTATIONS
 from ..ops.memory_rule import Rule
 
 Lowering = Callable[..., Any]
@@ -34,6 +37,12 @@ def _route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     # ONNX TopK takes the lowest index among equals.
     values, indices = torch.topk(logits, topk, -1)
     return torch.softmax(values, -1), indices
+
+
+def _route_by_sort(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    # torch.topk promises no order among equals; a stable sort keeps the lowest index first.
+    values, indices = torch.sort(logits, stable=True, dim=-1, descending=True)
+    return torch.softmax(values[..., :topk], -1), indices[..., :topk]
 
 
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -145,6 +154,55 @@ def chunked(
     return o, state.unflatten(0, (batch, heads))
 
 
+def looped(
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The rule for any T in plain operators, as :func:`chunked` with all of a chunk's work inside the scan.
+
+    What is outside has sizes in which the length is divided and rounded, over which Inductor's code generator takes
+    minutes. The triangular system is solved by substitution.
+    """
+    batch, length, heads, value_dim = v.shape
+    count = (length + CHUNK - 1) // CHUNK
+
+    def chunks(x: Tensor) -> Tensor:
+        """``[B, T, h, d]`` -> ``[NC, B * h, C, d]``."""
+        padded = F.pad(x, (0, 0, 0, 0, 0, count * CHUNK - length))
+        return padded.unflatten(1, (count, CHUNK)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+    xs = [chunks(q * scale), chunks(k), chunks(v)]
+    xs += [chunks(gate.unsqueeze(-1)) for gate in (g, beta) if gate is not None]
+    ones = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device)
+
+    def body(carry: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+        gates, (lower, strict) = list(rest[:-5]), rest[-5:-3]
+        steps = gates.pop(0) if g is not None else None  # [B * h, C, 1]
+        strength = gates.pop(0) if beta is not None else None
+        keys = k.transpose(1, 2)
+        k_end, decayed, decay = k, carry, lower
+        k_start = k
+        if steps is not None:
+            decay = ((lower * steps.transpose(1, 2)) @ strict).exp() * lower  # summed over (j, i], as in chunked
+            from_start = steps.cumsum(1).exp()
+            q_start, k_start = q * from_start, k * from_start
+            k_end = k * decay[:, -1:].transpose(1, 2)
+            decayed = carry * from_start[:, -1:]
+        else:
+            q_start = q
+        if strength is not None:
+            system = torch.bmm(k, keys) * strength * decay * strict
+            v = strength * (v - torch.bmm(k_start, carry))
+            v = torch.linalg.solve_triangular(system, v, upper=False, unitriangular=True)
+        o = torch.bmm(q_start, carry) + torch.bmm(torch.bmm(q, keys) * decay, v)
+        return [decayed + torch.bmm(k_end.transpose(1, 2), v), o]
+
+    # The sizes are inputs of their own: Inductor rebuilds from them the shape of the outputs it writes in place.
+    sizes = (batch, length, count)
+    state, o = scan_op(body, [state.flatten(0, 1)], xs, additional_inputs=(ones.tril(), ones.tril(-1), *sizes))
+    o = o.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    return o, state.unflatten(0, (batch, heads))
+
+
 def _block_inverse(lower: Tensor) -> Tensor:
     """``(I + L)^-1`` of strictly lower triangular ``[..., C, C]`` by merging diagonal blocks of 1, 2, 4, ... rows.
 
@@ -181,9 +239,22 @@ def _rule_lowering(rule: Rule, lowering: RuleLowering) -> Lowering:
 
 def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     """Operator -> replacement, under the overload and under its packet: Python code calls either."""
-    rule_lowering = linear_attention if target == "onnxruntime" else one_token if decode else chunked
-    table: dict[Any, Lowering] = {torch.ops.mom.route: _route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
+    whole = {"onnxruntime": linear_attention, "aoti": looped}.get(target, chunked)
+    rule_lowering = one_token if decode and target != "onnxruntime" else whole
+    route = _route_by_sort if target == "aoti" else _route
+    table: dict[Any, Lowering] = {torch.ops.mom.route: route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
     table |= {packet.default: replacement for packet, replacement in table.items()}
-    return {**table, torch.conv1d: _conv1d}
+    return table if target == "aoti" else {**table, torch.conv1d: _conv1d}
+
+
+@contextmanager
+def kernels() -> Iterator[dict[Any, Lowering]]:
+    """Operator -> its Triton implementation, whose launches are nodes of the graph traced meanwhile."""
+    with instead_of_launches(Launch.trace):
+        yield {
+            name: implementation
+            for overload, implementation in TRITON_IMPLEMENTATIONS.items()
+            for name in (overload, overload.overloadpacket)
+        }

@@ -36,6 +36,7 @@ TARGETS = ("onnxruntime", "portable")
 OPSET = 20
 WEIGHTS_FILE = "weights.bin"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
+RUN_FILES = {"run.py": "run_template.py", "run.cpp": "cpp/run.cpp"}
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can read them
 ALIGNMENT = 64
 
@@ -51,8 +52,8 @@ def to_onnx(
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
     The folder holds ``prefill.onnx`` (any batch and length), ``decode.onnx`` (one token), their common ``weights.bin``,
-    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. For onnxruntime there is also
-    ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
+    ``manifest.json``, a reference to verify against later, ``run.py``, ``run.cpp`` and a tokenizer. For onnxruntime
+    there is also ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
     ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
 
@@ -87,8 +88,9 @@ def to_onnx(
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
         graphs = _write_graphs(exact, folder, target, precision)
-        run_py = resources.files(__package__ or "").joinpath("run_template.py").read_text(encoding="utf-8")
-        (folder / "run.py").write_text(run_py, encoding="utf-8")
+        for name, source in RUN_FILES.items():
+            text = resources.files(__package__ or "").joinpath(source).read_text(encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
         return {
             "kind": "onnx",
             "target": target,
@@ -177,6 +179,11 @@ def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]
     finally:
         weights.close()
     return {name: describe_graph(folder / file) for name, file in files.items()}
+
+
+def standard_graph(model: MoMForCausalLM, name: str) -> Any:
+    """A graph of standard operators alone, ``prefill`` or ``decode``, as an onnx_ir model."""
+    return _graph(model, "portable", name)
 
 
 def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:

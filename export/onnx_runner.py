@@ -76,7 +76,7 @@ class OnnxRunner(Runner):
         return logits, self._state(present)
 
     def _graph_name(self, length: int) -> str:
-        return "decode" if length == 1 else "prefill"
+        return "decode" if length == 1 and "decode" in self.manifest["graphs"] else "prefill"
 
     def _inputs(self, ids: NDArray[np.int64]) -> dict[str, Any]:
         """Everything that a graph takes apart from the state."""

@@ -12,11 +12,12 @@ from torch.overrides import TorchFunctionMode
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import Form
+from ..ops import CHUNK
 from ..state import layer_shapes
 
 DYNAMIC_BATCH = torch.export.Dim("batch", min=1, max=4096)
 DYNAMIC_LENGTH = torch.export.Dim("length", min=1, max=1 << 20)
-EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70  # longer than one chunk: an example inside it would freeze the graph to one
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70  # longer than one chunk, see check_example_length
 
 
 def state_names(config: MoMConfig) -> list[tuple[int, str]]:
@@ -111,19 +112,33 @@ def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tens
     return ids, past
 
 
+def check_example_length(length: int) -> None:
+    """Raise unless the example crosses a chunk boundary."""
+    if length <= CHUNK:
+        raise ValueError(
+            f"example_length must be more than one chunk of {CHUNK} tokens, got {length}; "
+            "traced with fewer, the graph would be silently wrong at longer inputs"
+        )
+
+
 def export_program(
     model: MoMForCausalLM,
     decode: bool,
     lowerings: Mapping[Any, Callable[..., Any]],
     touched: bool = False,
     form: Form = "portable",
+    example_length: int = EXAMPLE_LENGTH,
 ) -> torch.export.ExportedProgram:
     """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram.
 
     ``touched``: the decode program that gives only the touched part of the state, see TouchedProgram. ``form``: of the
-    layers otherwise.
+    layers otherwise. ``example_length``: tokens that prefill is traced with.
+
+    Raises:
+        ValueError: an example that fits one chunk.
     """
-    ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else EXAMPLE_LENGTH)
+    check_example_length(example_length)
+    ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else example_length)
     ids_shape: dict[int, Any] = {0: DYNAMIC_BATCH} if decode else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
     shapes = (ids_shape, [{0: DYNAMIC_BATCH}] * len(past))
     program = TouchedProgram if touched else StateProgram

@@ -13,6 +13,7 @@ from ..config import MoMConfig
 STANDARD_DOMAINS = ("", "ai.onnx")
 TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
+    "triton-server": STANDARD_DOMAINS,
     "tensorrt": STANDARD_DOMAINS,
     "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft"),
 }
