@@ -28,9 +28,10 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
     """A byte-level model with tied embeddings, and its packages for the CPU."""
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, tie_word_embeddings=True)
-    folder = tmp_path_factory.mktemp("aoti") / "artifact"
-    export.to_aoti(model, folder)
-    return model, folder
+    root = tmp_path_factory.mktemp("aoti")
+    model.save_pretrained(root / "checkpoint")
+    assert main(["export", str(root / "checkpoint"), str(root / "artifact"), "--to", "aoti"]) == 0
+    return model, root / "artifact"
 
 
 def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> None:
