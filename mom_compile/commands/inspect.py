@@ -41,6 +41,11 @@ def _artifact(manifest: Mapping[str, Any]) -> Iterator[str]:
         for check in parity["checks"]:
             error = f"{check['error']:.1e}" if "error" in check else "-"
             yield f"  {check['name']}: {error}" + (f" ({check['note']})" if "note" in check else "")
+    if "engines" in manifest:
+        targets = ", ".join(f"{value // 10}.{value % 10}" for value in manifest["compute_capabilities"])
+        ranges = ", ".join(f"{name} {smallest} to {most}" for name, (smallest, _, most) in manifest["ranges"].items())
+        files = ", ".join(engine["file"] for engine in manifest["engines"].values())
+        yield f"engines for compute capability {targets}: {files}; {ranges}"
     for name, io in manifest["io"].items():
         yield ""
         opsets = ", ".join(f"{domain} {version}" for domain, version in io.get("opsets", {}).items())
