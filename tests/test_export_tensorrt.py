@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -499,6 +501,22 @@ def test_weights_of_4_bits() -> None:
     values = np.where(values > 7, values - 16, values).astype(np.float32)
     error = np.abs(values * scale.astype(np.float32).repeat(64, 0) - weight.astype(np.float32))
     assert (error <= scale.astype(np.float32).repeat(64, 0) * 0.51).all()
+
+
+HEADERS = os.environ.get("TENSORRT_INCLUDE", "/usr/include/x86_64-linux-gnu")
+
+
+@pytest.mark.skipif(
+    not (Path(HEADERS) / "NvInfer.h").is_file() or shutil.which("g++") is None,
+    reason="needs g++ and TensorRT's headers, which no registry has: set TENSORRT_INCLUDE to a folder with NvInfer.h",
+)
+def test_the_runner_in_cpp_compiles(tmp_path: Path) -> None:
+    import triton
+
+    source = Path(tensorrt_artifact.__file__).parent / "cpp" / tensorrt_artifact.RUNNER_SOURCE
+    cuda = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", HEADERS, "-isystem", str(cuda)]
+    subprocess.run(["g++", *flags, "-c", str(source), "-o", str(tmp_path / "runner.o")], check=True)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
