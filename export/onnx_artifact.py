@@ -209,7 +209,7 @@ def convert(
 
     ``inputs`` and ``outputs``: name -> name of the symbolic axis 1, None where that axis is fixed. Axis 0 is the batch.
     """
-    with quiet():
+    with quiet(), _linear_rewriting():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
@@ -295,6 +295,27 @@ def _graphs(graph: Any) -> Iterator[Any]:
         for attribute in node.attributes.values():
             if attribute.type.name == "GRAPH":
                 yield from _graphs(attribute.as_graph())
+
+
+@contextmanager
+def _linear_rewriting() -> Iterator[None]:
+    """Without the optimizer's rules that match several nodes at once: each scans the whole graph for every node.
+
+    There is one, SlicesSplit, of no use here; with it a graph of 24 layers takes longer than all the rest of an export.
+    """
+    from onnxscript import rewriter
+
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+    if rules is None:
+        yield
+        return
+    patterns = [getattr(rule, "_target_pattern", None) for rule in rules]
+    kept = [rule for rule, p in zip(rules, patterns, strict=True) if p is None or p.has_single_output_node]
+    rewriter._DEFAULT_REWRITE_RULES = type(rules)(kept)
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextmanager

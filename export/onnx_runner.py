@@ -35,9 +35,9 @@ class OnnxRunner(Runner):
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
             try:
-                self._sessions[name] = self._runtime.InferenceSession(
-                    self._model(name), options, providers=self._providers
-                )
+                self._sessions[name] = self._create_session(name, options)
+            except (ImportError, ValueError):  # ours; those of onnxruntime are neither
+                raise
             except Exception as error:
                 raise ValueError(
                     f"{self.manifest['graphs'][name]} must open in onnxruntime {self._runtime.__version__}, got "
@@ -46,6 +46,9 @@ class OnnxRunner(Runner):
                 ) from error
             self._check_session(self._sessions[name], name)
         return self._sessions[name]
+
+    def _create_session(self, name: str, options: Any) -> Any:
+        return self._runtime.InferenceSession(self._model(name), options, providers=self._providers)
 
     def _model(self, name: str) -> str:
         """The file of a graph."""

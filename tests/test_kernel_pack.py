@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 if INTERPRET:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-NATIVE = Path(__file__).parent / "cpp"
+SOURCES = Path(__file__).parent / "cpp"
 META = torch.device("meta")
 
 
@@ -39,7 +39,7 @@ def _compiler() -> str:
 
 
 def _build(pack: Path, target: Path) -> Path:
-    sources = [str(NATIVE / "check_pack.cpp"), str(pack / "mom_launch.cpp")]
+    sources = [str(SOURCES / "check_pack.cpp"), str(pack / "mom_launch.cpp")]
     command = [_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{pack}", *sources, "-ldl"]
     subprocess.run([*command, "-o", str(target)], check=True)
     return target
@@ -269,7 +269,7 @@ def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Pat
     assert done.stdout.endswith(f"{count} cases, 0 buffers differ\n")
 
     checker = tmp_path / "check_plugin"
-    source = str(NATIVE / "check_plugin.cpp")
+    source = str(SOURCES / "check_plugin.cpp")
     subprocess.run([_compiler(), *_plugin_flags(), source, "-ldl", "-o", str(checker)], check=True)
     library = str(_build_plugin(pack))
     done = subprocess.run([str(checker), library, str(tmp_path / "cases")], capture_output=True, text=True)

@@ -45,6 +45,11 @@ def _artifact(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"{name} ({function['operator']}, {', '.join(function['units'])})"
         yield from _table([_kernel(kernel) for kernel in function["kernels"]] or [(function["note"],)])
+    if "engines" in manifest:
+        targets = ", ".join(f"{value // 10}.{value % 10}" for value in manifest["compute_capabilities"])
+        ranges = ", ".join(f"{name} {smallest} to {most}" for name, (smallest, _, most) in manifest["ranges"].items())
+        files = ", ".join(engine["file"] for engine in manifest["engines"].values())
+        yield f"engines for compute capability {targets}: {files}; {ranges}"
     for name, io in manifest.get("io", {}).items():
         yield ""
         opsets = ", ".join(f"{domain} {version}" for domain, version in io.get("opsets", {}).items())
