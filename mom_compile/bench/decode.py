@@ -143,11 +143,11 @@ def _peer(
     for batch in options.batches:
         for context in options.contexts:
             row = {"size": name, "model": peer.NAME, "batch": batch, "context": context}  # type: ignore[attr-defined]
+            free(device)  # what a context that did not fit had allocated is held until its error is gone
             try:
                 step, moved = decoder(batch, context)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 table.add(**row, note=f"does not fit: {error}" if isinstance(error, MemoryError) else "does not fit")
-                free(device)
                 continue
             value, floor = median_ms(step, device), moved / bandwidth * 1e3
             table.add(
@@ -156,7 +156,6 @@ def _peer(
                 note=getattr(peer, "NOTE", None),
             )  # fmt: skip
             del step
-            free(device)
 
 
 def state_kernel_ms(config: MoMConfig, batch: int, dtype: torch.dtype, device: torch.device) -> float:

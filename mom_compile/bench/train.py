@@ -123,6 +123,7 @@ def _model(
             loss.backward()
             model.zero_grad()
 
+        free(device)  # what a step that did not fit had allocated is held until its error is gone
         try:
             warm_up, since_start = _first(step, device)
             if ceilings is None:
@@ -134,7 +135,6 @@ def _model(
             ms, peak = _measure(step, device, repeats)
         except torch.OutOfMemoryError:
             model.zero_grad()
-            free(device)
             table.add(**row, note="out of memory")
             continue
         tokens = batch * length
