@@ -23,7 +23,7 @@ from typing import Any
 MODELS: dict[str, dict[str, Any]] = {
     "10M": {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 2, "head_dim": 128, "vocab_size": 4096},
     "512M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4, "head_dim": 256, "vocab_size": 32000},
-    "1B": {"hidden_size": 1536, "num_hidden_layers": 24, "num_heads": 6, "head_dim": 256, "vocab_size": 32000},
+    "1B": {"hidden_size": 2048, "num_hidden_layers": 12, "num_heads": 8, "head_dim": 256, "vocab_size": 32000},
 }
 COMMON = {"num_memories": 4, "topk": 2, "shared_mem": True, "hidden_ratio": 3, "tie_word_embeddings": True}
 COLUMNS = ("model", "precision", "compute_capabilities", "stage", "parameters", "seconds", "MB", "peak_GiB", "versions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import resources
@@ -70,8 +71,10 @@ def to_aoti(
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
         placed = exact if device == "cpu" else copy.deepcopy(exact).to(device)
         constants: set[str] = set()
+        io = {}
         for name, file in GRAPHS.items():
-            _compile(placed, name, device, folder / file)
+            operators = _compile(placed, name, device, folder / file)
+            io[name] = {**_describe(exact.config, name), "operators": operators}
             constants.update(open_package(folder / file).get_constant_fqns())
         weights = {f"model.{name}": weight for name, weight in exact.named_parameters(remove_duplicate=False)}
         write_safetensors(folder / WEIGHTS_FILE, {name: weights[name].clone() for name in sorted(constants)})
@@ -82,7 +85,7 @@ def to_aoti(
             "target": "aoti",
             "graphs": GRAPHS,
             "device": describe_device(device),
-            "io": {name: _describe(exact.config, name) for name in GRAPHS},
+            "io": io,
         }
 
     return write_artifact(model, directory, tokenizer, tolerance, write_files)
@@ -108,10 +111,12 @@ class CompiledProgram(StateProgram):
         return logits, written
 
 
-def _compile(model: MoMForCausalLM, name: str, device: str, path: Path) -> None:
+def _compile(model: MoMForCausalLM, name: str, device: str, path: Path) -> dict[str, int]:
+    """Write a package; its operators by count."""
     decode = name == "decode"
     with _quiet(), nullcontext() if decode else _one_chunk_is_a_size():  # compiling traces once more
         program = (export_kernels if device == "cuda" else export_decomposed)(model, decode)
+        operators = Counter(_operator(node) for node in program.graph.nodes if node.op == "call_function")
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
@@ -123,6 +128,19 @@ def _compile(model: MoMForCausalLM, name: str, device: str, path: Path) -> None:
                 "cpp.dynamic_threads": True,  # else the exporting process's number of threads is compiled in
             },
         )
+    return dict(sorted((name, count) for name, count in operators.items() if "::" in name))
+
+
+def _operator(node: torch.fx.Node) -> str:
+    """``namespace::name`` of an operator or, as ``triton::name``, a kernel; another name for arithmetic on sizes."""
+    if "kernel_idx" in node.kwargs:
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        kernel: Any = kernel_side_table.get_kernel(int(str(node.kwargs["kernel_idx"])))
+        return f"triton::{kernel.fn.__name__}"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return f"higher_order::{node.target.name()}"
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
 
 
 def export_decomposed(model: MoMForCausalLM, decode: bool) -> torch.export.ExportedProgram:

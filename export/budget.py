@@ -64,16 +64,17 @@ def state_bytes(config: MoMConfig) -> int:
 def weight_bytes(config: MoMConfig, precision: str) -> dict[str, int]:
     """``total``, and ``read`` by one token: all but the embedding table, of which it reads a row.
 
-    int8 and int4 hold the matrices alone, with a float16 scale for every 128 weights of int4 or every output of int8;
-    the rest is float16.
+    int8 and int4 are of the matrices alone, int4 with a float16 scale for every 128 weights; the rest is float16.
     """
     counts, bits = parameters(config), WEIGHT_BITS[precision]
     rest = max(bits, 16) // 8
+    # Weights below 16 bits are those of products: a table tied to the head is then stored beside it.
+    embedding = config.vocab_size * config.hidden_size if bits < 16 else counts["embedding"]
     matrices = counts["matrices"] * bits // 8
     if precision == "int4":
         matrices += counts["matrices"] // 128 * 2
     read = matrices + 4 * counts["float32"] + rest * counts["other"]
-    return {"total": read + rest * counts["embedding"], "read": read}
+    return {"total": read + rest * embedding, "read": read}
 
 
 def floor_ms(config: MoMConfig, precision: str, bandwidth: float, batch: int = 1, touched: bool = False) -> float:

@@ -105,7 +105,7 @@ def entries(function: Function, architecture: int) -> list[Entry]:
             recordings[units] = record(function, architecture, units)
         return recordings[units]
 
-    found = []
+    found: list[tuple[int, Entry]] = []
     for smallest, largest in _ranges(lambda first: _configuration(at(first)), function.limit):
         inside = [first for first in _samples(largest) if first >= smallest] + [largest]
         for first in inside:
@@ -118,8 +118,9 @@ def entries(function: Function, architecture: int) -> list[Entry]:
             calls = {units: launches[position] for units, launches in chosen.items()}
             for other in calls.values():
                 assert _configuration([other]) == _configuration([call]), f"{function.name} has no one configuration"
-            found.append(_entry(function, smallest, largest, calls))
-    return _merged(found)
+            found.append((position, _entry(function, smallest, largest, calls)))
+    # By launch, not by range: merged entries then still lie in the order of the launches at every size.
+    return _merged([entry for _, entry in sorted(found, key=lambda item: item[0])])
 
 
 def _merged(found: Sequence[Entry]) -> list[Entry]:

@@ -93,7 +93,7 @@ def to_tensorrt(
         if profile != "rtx":
             for file in graph_files(exact.config).values():
                 check_parser_operators(folder / file)
-        engines = {
+        engines: dict[str, dict[str, Any]] = {
             name: {"file": f"{name}.engine", "shapes": shapes.shapes(io[name]["inputs"])}
             for name in engine_graphs(exact.config)
         }

@@ -121,7 +121,7 @@ def _stand_in_engine(onnx_file: Path, engine_file: Path, shapes: Any, capabiliti
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
     """A model and its artifact: masked decode in float32; decode of the selected memories alone in float16."""
     precision, decode = request.param.split("-")
-    sizes = {"num_memories": 8, "topk": 1} if decode == "touched" else {}
+    sizes: dict[str, Any] = {"num_memories": 8, "topk": 1} if decode == "touched" else {}
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, **sizes)
     folder = tmp_path_factory.mktemp("tensorrt") / "artifact"
     with pytest.MonkeyPatch.context() as patch:
@@ -373,7 +373,7 @@ def test_missing_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_jetpack6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """4-bit weights, inside the parser's list, through the command line."""
-    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
+    sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, **sizes)
     model.save_pretrained(tmp_path / "model")
     folder = tmp_path / "orin"
@@ -454,7 +454,10 @@ def test_budget() -> None:
 
 
 def test_shape_ranges() -> None:
-    inputs = [{"name": "input_ids", "shape": ["batch", "sequence"]}, {"name": "past", "shape": ["batch", 10, 4]}]
+    inputs: list[dict[str, Any]] = [
+        {"name": "input_ids", "shape": ["batch", "sequence"]},
+        {"name": "past", "shape": ["batch", 10, 4]},
+    ]
     shapes = ShapeRanges((1, 2, 3), (1, 5, 9)).shapes(inputs)
     assert shapes == {"input_ids": [[1, 1], [2, 5], [3, 9]], "past": [[1, 10, 4], [2, 10, 4], [3, 10, 4]]}
     assert trtexec_shapes(shapes).split() == [

@@ -80,7 +80,7 @@ def _functions(config: MoMConfig) -> dict[str, Function]:
 
 @pytest.mark.parametrize("rule", ["gated_delta", "linear"])
 def test_formulas_hold_at_sizes_that_were_not_recorded(rule: str) -> None:
-    for function in _functions(tiny_config(rule, head_dim=16)).values():
+    for function in _functions(tiny_config(rule, head_dim=32)).values():
         for units in ((11, 5), (77, 1), (3000, 40)):
             units = (min(units[0], function.limit), units[1] if len(function.units) > 1 else 0)
             table = [entry for entry in entries(function, 90) if entry.smallest <= units[0] <= entry.largest]

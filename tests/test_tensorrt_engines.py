@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -26,7 +27,11 @@ GPUS = (86, 89, 120)
 def _model(source: str) -> MoMForCausalLM:
     if source == "fla-mom-tiny":
         return MoMForCausalLM.from_pretrained(FLA)
-    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}  # as the demonstration's, smaller
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "head_dim": 32,
+        "intermediate_size": 128,
+    }  # as the demonstration's, smaller
     return tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, **sizes)
 
 
