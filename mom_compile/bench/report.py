@@ -87,6 +87,7 @@ def plot_lines(
     drawn: Iterable[tuple[str, Sequence[tuple[float, float]]]] = [(k, v) for k, v in lines.items() if v]
     if not drawn or importlib.util.find_spec("matplotlib") is None:
         return False
+    from .._extras import require
     from ..plots import import_pyplot
 
     pyplot = import_pyplot()
@@ -95,6 +96,9 @@ def plot_lines(
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(require("matplotlib.ticker", "train").LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
