@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .genai_artifact import to_genai as to_genai
+    from .ladder import verify_all as verify_all
     from .onnx_artifact import to_onnx as to_onnx
     from .onnx_runner import OnnxRunner as OnnxRunner
     from .pt2_artifact import to_pt2 as to_pt2
@@ -26,6 +27,7 @@ _MODULES = {
     "to_onnx": "onnx_artifact",
     "to_pt2": "pt2_artifact",
     "verify": "verification",
+    "verify_all": "ladder",
 }
 __all__ = [*_MODULES]
 

@@ -13,6 +13,7 @@ from ._onnxruntime import require_onnxruntime
 from .runner import Runner, State, Step
 
 TOUCHED_GRAPH = "decode_touched"
+FORCED_GRAPH = "prefill_forced"
 
 
 class OnnxRunner(Runner):
@@ -69,6 +70,35 @@ class OnnxRunner(Runner):
     def _run(self, ids: NDArray[np.int64], state: State, **inputs: Any) -> tuple[Any, State]:
         session = self._session(self._graph_name(ids.shape[1]))
         logits, *present = session.run(self._outputs(), {**self._inputs(ids), **self._feeds(state), **inputs})
+        return logits, self._state(present)
+
+    def run_forced(self, input_ids: Any, router_indices: Sequence[Any], state: Any = None) -> tuple[Any, State]:
+        """As calling the runner, with the routing given: what is below float32 is compared on the model's own routing.
+
+        Args:
+            input_ids: ``[B, T]``.
+            router_indices: per layer ``[B, T, k]`` int64 in [0, M).
+            state: as there.
+
+        Raises:
+            ValueError: the artifact has no such graph; shapes or dtypes that do not fit.
+        """
+        if FORCED_GRAPH not in self.manifest["graphs"]:
+            raise ValueError(
+                f"router_indices must be None for this artifact, got some; it has no {FORCED_GRAPH} graph, which "
+                "exports below float32 have"
+            )
+        ids = self._check_ids(input_ids)
+        indices = [np.ascontiguousarray(layer, np.int64) for layer in router_indices]
+        expected = [(*ids.shape, self.config.topk)] * self.config.num_hidden_layers
+        if [layer.shape for layer in indices] != expected:
+            raise ValueError(
+                f"router_indices must be [B, T, k] = {expected[0]} for each of {len(expected)} layers, got "
+                f"{', '.join(str(layer.shape) for layer in indices)}; pass one choice per token and rank"
+            )
+        inputs = {f"router_indices.{layer}": value for layer, value in enumerate(indices)}
+        session, state = self._session(FORCED_GRAPH), self._check_state(len(ids), state)
+        logits, *present = session.run(self._outputs(), {"input_ids": ids, **inputs, **self._feeds(state)})
         return logits, self._state(present)
 
     def _graph_name(self, length: int) -> str:

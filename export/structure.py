@@ -34,8 +34,9 @@ def expected_io(
     Args:
         config: of the model.
         shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
-        graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone, or GenAI's
-            ``model``, which has an attention mask and always a ``conv_state``.
+        graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone,
+            ``prefill_forced``, which takes the routing, or GenAI's ``model``, which has an attention mask and always a
+            ``conv_state``.
     """
     length: int | str = 1 if graph.startswith("decode") else "sequence"
     flat = {name: (shape[0] * shape[1], *shape[2:]) for name, shape in shapes.items()}
@@ -62,6 +63,11 @@ def expected_io(
         }
         present["touched_index"] = (selected,)
     inputs: list[dict[str, Any]] = [{"name": "input_ids", "dtype": "int64", "shape": ["batch", length]}]
+    if graph == "prefill_forced":
+        inputs += [
+            {"name": f"router_indices.{layer}", "dtype": "int64", "shape": ["batch", length, config.topk]}
+            for layer in range(config.num_hidden_layers)
+        ]
     if graph == "model":
         inputs.append({"name": "attention_mask", "dtype": "int64", "shape": ["batch", "total_sequence"]})
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .verify import add_text_argument
+
 TARGETS = {
     "onnxruntime": "com.microsoft::LinearAttention, fast",
     "portable": "standard ONNX operators only",
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of --to onnxruntime; int8 and int4: the weights alone (default float32)",
     )
+    add_text_argument(parser)
     parser.add_argument("--tolerance", type=float, help="largest relative error (default 1e-4, more below float32)")
 
 
@@ -35,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import export
     from ..model import MoMForCausalLM
     from ..run_folder import model_folder
+    from .verify import held_out
 
     model = MoMForCausalLM.from_pretrained(args.checkpoint)
     tokenizer = model_folder(args.checkpoint) / "tokenizer.json"
@@ -49,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.to == "genai":
         report = export.to_genai(model, args.target, **options)
     else:
-        report = export.to_onnx(model, args.target, target=args.to, precision=args.precision, **options)
+        text = held_out(args.checkpoint, args.text, model.config.vocab_size)
+        report = export.to_onnx(model, args.target, target=args.to, precision=args.precision, text=text, **options)
     print(report)
     print(f"{args.target}: {args.to}, largest relative error {report.error:.1e}")
     return 0
