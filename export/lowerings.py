@@ -64,6 +64,24 @@ def linear_attention(
     return o.unflatten(2, (heads, value_dim)), final_state
 
 
+def causal_conv(x: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+    """A depthwise convolution over ``[B, C, W-1 + T]`` as one com.microsoft::CausalConvWithState node (version 1).
+
+    Its own new state is left unused: where tokens of a memory end is known to the layer alone.
+    """
+    width = weight.shape[2]
+    past, new = x[:, :, : width - 1], x[:, :, width - 1 :]
+    y, _ = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::CausalConvWithState",
+        (new, weight, None, past),
+        {"activation": "none"},
+        dtypes=(torch.float32, torch.float32),
+        shapes=(new.shape, past.shape),
+        version=1,
+    )
+    return y
+
+
 def one_token(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -167,8 +185,11 @@ def _rule_lowering(rule: Rule, lowering: RuleLowering) -> Lowering:
 
 def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     """Operator -> replacement, under the overload and under its packet: Python code calls either."""
-    rule_lowering = linear_attention if target == "onnxruntime" else one_token if decode else chunked
+    node = target in ("onnxruntime", "opset27")
+    rule_lowering = linear_attention if node else one_token if decode else chunked
     table: dict[Any, Lowering] = {torch.ops.mom.route: _route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
+    if target == "opset27":
+        table[torch.conv1d] = causal_conv
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
-    return {**table, **{packet.default: replacement for packet, replacement in table.items()}}
+    return {**table, **{packet.default: value for packet, value in table.items() if packet is not torch.conv1d}}

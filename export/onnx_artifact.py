@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from ..data import TokenStream
     from ..report import Report
 
-TARGETS = ("onnxruntime", "portable")
+TARGETS = ("onnxruntime", "portable", "opset27")
 OPSET = 20
+# The exporter's newest; LinearAttention and CausalConvWithState became standard operators in the one after it.
+NEWEST_OPSET = 26
 WEIGHTS_FILE = "weights.bin"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can read them
@@ -64,7 +66,8 @@ def to_onnx(
     Args:
         model: exported in float32; not changed.
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
-        target: ``onnxruntime`` (com.microsoft::LinearAttention, fast) or ``portable`` (standard operators only).
+        target: ``onnxruntime`` (com.microsoft::LinearAttention, fast), ``portable`` (standard operators only) or
+            ``opset27`` (standard operators, LinearAttention and CausalConvWithState of opset 27 among them).
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of logits and states against the PyTorch model. None: 1e-4; below float32,
             2e-2 for the logits with the same routing. A model of random weights does not keep within that in int4.
@@ -207,11 +210,28 @@ def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:
         inputs |= {f"router_indices.{layer}": length for layer in range(model.config.num_hidden_layers)}
     inputs |= dict.fromkeys(f"past_key_values.{n}" for n in states)
     outputs = {"logits": length, **dict.fromkeys(f"present.{n}" for n in present)}
-    return convert(program, inputs, outputs)
+    if target != "opset27":
+        return convert(program, inputs, outputs)
+    result = convert(program, inputs, outputs, NEWEST_OPSET)
+    _standardise(result)
+    return result
+
+
+def _standardise(model: Any) -> None:
+    """Give com.microsoft's LinearAttention and CausalConvWithState the names of opset 27, which mean the same."""
+    for node in model.graph.all_nodes():
+        if node.domain == "com.microsoft":
+            node.domain = ""
+            node.version = None
+    model.opset_imports.clear()
+    model.opset_imports[""] = NEWEST_OPSET + 1
 
 
 def convert(
-    program: torch.export.ExportedProgram, inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]
+    program: torch.export.ExportedProgram,
+    inputs: Mapping[str, str | None],
+    outputs: Mapping[str, str | None],
+    opset: int = OPSET,
 ) -> Any:
     """An exported program as an onnx_ir model.
 
@@ -221,7 +241,7 @@ def convert(
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,

@@ -29,12 +29,18 @@ class OnnxRunner(Runner):
         super().__init__(folder, manifest)
         self._runtime = require_onnxruntime()
         self._providers = list(providers or ["CPUExecutionProvider"])
+        self._on_gpu = self._providers != ["CPUExecutionProvider"]
+        self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
         self._sessions: dict[str, Any] = {}
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
+            if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu:
+                # Packing would put a private copy of every weight into each session; without it all of them map the one
+                # file, and products of float32 are no slower. Those of 8 and 4 bits need it.
+                options.add_session_config_entry("session.disable_prepacking", "1")
             try:
                 self._sessions[name] = self._runtime.InferenceSession(
                     str(self.folder / self.manifest["graphs"][name]), options, providers=self._providers
@@ -139,22 +145,23 @@ class OnnxRunner(Runner):
         """As :meth:`Runner.decode_loop`.
 
         Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
-        ``aliased``: one set, in which every present state overwrites its past. ``touched``: one set, of which only the
-        memories that a token selected are written; None: where the artifact has that graph and the CPU runs it.
+        ``aliased``: one set, in which every present state overwrites its past; a CUDA graph (the CUDA provider's option
+        ``enable_cuda_graph``) wants that. ``touched``: one set, of which only the memories that a token selected are
+        written; None: where the artifact has that graph and the CPU runs it. On the CUDA provider the whole states stay
+        on the device.
         """
         if touched is None:
-            touched = self.has_touched_decode and not aliased and self._providers == ["CPUExecutionProvider"]
+            touched = self.has_touched_decode and not aliased and not self._on_gpu
         if touched:
             return self._touched_loop(state, batch_size)
-        session, runtime = self._session(self._graph_name(1)), self._runtime
+        session = self._session(self._graph_name(1))
         feeds = self._feeds(self._check_state(batch_size, state))
         sets = [
-            {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()}
-            for _ in range(1 if aliased else 2)
+            {name: self._ort_value(array.copy()) for name, array in feeds.items()} for _ in range(1 if aliased else 2)
         ]
         ids = np.zeros((batch_size, 1), np.int64)
-        inputs = {name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in self._inputs(ids).items()}
-        logits = runtime.OrtValue.ortvalue_from_shape_and_type([batch_size, 1, self.config.vocab_size], np.float32)
+        inputs = {name: self._ort_value(value) for name, value in self._inputs(ids).items()}
+        logits = self._ort_value(np.zeros((batch_size, 1, self.config.vocab_size), np.float32))
         bindings = []
         for source, target in ((sets[0], sets[-1]), (sets[-1], sets[0])):
             binding = session.io_binding()
@@ -174,6 +181,10 @@ class OnnxRunner(Runner):
             return logits.numpy()[:, 0]
 
         return step
+
+    def _ort_value(self, array: NDArray[Any]) -> Any:
+        """A copy on the provider's device; on the CPU the memory of the array itself."""
+        return self._runtime.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
     def decode_ways(self) -> dict[str, dict[str, Any]]:
         """As :meth:`Runner.decode_ways`."""

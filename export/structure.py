@@ -11,7 +11,11 @@ from .._extras import require
 from ..config import MoMConfig
 
 STANDARD_DOMAINS = ("", "ai.onnx")
-TARGET_DOMAINS = {"portable": STANDARD_DOMAINS, "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft")}
+TARGET_DOMAINS = {
+    "portable": STANDARD_DOMAINS,
+    "opset27": STANDARD_DOMAINS,
+    "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft"),
+}
 
 
 def describe_graph(path: Path) -> dict[str, Any]:
@@ -110,6 +114,12 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
         if foreign:
             raise ValueError(f"{file} must hold operators of {allowed} alone, got {', '.join(foreign)}; export again")
         problem = late_reader(onnx.load(str(path), load_external_data=False).graph)
+        for part in ("opsets", "operators"):
+            if description[part] != manifest["io"][name][part]:
+                raise ValueError(
+                    f"{file} must have the {part} in manifest.json {manifest['io'][name][part]}, got "
+                    f"{description[part]}; export again"
+                )
         if problem is not None:
             raise ValueError(
                 f"{file} must read a past state only before it writes its present one, got {problem}; a runtime that "

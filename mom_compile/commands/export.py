@@ -10,6 +10,7 @@ from .verify import add_text_argument
 TARGETS = {
     "onnxruntime": "com.microsoft::LinearAttention, fast",
     "portable": "standard ONNX operators only",
+    "opset27": "standard ONNX operators, those of opset 27 among them",
     "genai": "a folder for ONNX Runtime GenAI",
     "pt2": "torch.export programs, operators whole",
 }
