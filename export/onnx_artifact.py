@@ -71,8 +71,8 @@ def to_onnx(
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of logits and states against the PyTorch model. None: 1e-4; below float32,
             2e-2 for the logits with the same routing. A model of random weights does not keep within that in int4.
-        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone; the output
-            projection has 8 bits). Inputs, outputs, states, the router's projection and the log decay are float32 in
+        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone; in int4
+            some have 8 bits). Inputs, outputs, states, the router's projection and the log decay are float32 in
             all of them. Below float32 there is also ``prefill_forced.onnx``, a prefill that takes the routing as
             ``router_indices.{i}`` ``[B, T, k]``, for verification.
         text: a text that the model was not trained on: its bits per byte are verified as well, and below float32 the

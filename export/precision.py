@@ -11,6 +11,9 @@ from typing import Any
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-2, "int4": 2e-2}
 # Precision -> largest share by which it may raise the bits per byte of a held-out text.
 BITS_PER_BYTE = {"float32": 1e-3, "float16": 5e-3, "int8": 1e-2, "int4": 4e-2}
+# Precision -> smallest share of choices in common with the model when both run free, and the largest margin of one that
+# differs. Weights of 4 bits reached 99.4 % and 2.1e-2 on a trained model, 99.5 % with five of eight products in 8 bits.
+ROUTING = {"float16": (0.995, 1e-2), "int8": (0.995, 1e-2), "int4": (0.99, 5e-2)}
 BLOCK_SIZE = 16  # weights that share a scale and a zero point
 # Sums of squares overflow float16; the memory rule, its state and its decay stay float32.
 _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
@@ -30,8 +33,8 @@ def check_precision(precision: str, target: str) -> None:
 def lower_precision(model: Any, precision: str) -> Any:
     """An onnx_ir model in another precision; the router's and the decay's path stays float32, as do inputs and outputs.
 
-    float16: weights and activations. int8, int4: the weights of matrix products alone, in blocks of 16; with int4 the
-    output projection has 8 bits, for its errors go straight into the logits.
+    float16: weights and activations. int8, int4: the weights of matrix products alone, in blocks of 16; with int4 those
+    whose result is added to the residual stream or is the logits have 8 bits, for nothing evens out their errors.
     """
     import onnx_ir as ir
 
@@ -58,8 +61,7 @@ def lower_precision(model: Any, precision: str) -> Any:
         _join_float32(proto.graph, floats, kept, operators)
     else:
         bits = int(precision.removeprefix("int"))
-        head = [node.name for node in proto.graph.node if "logits" in node.output]
-        proto = _quantize(proto, bits, [*router, *head])
+        proto = _quantize(proto, bits, [*router, *_residual_products(proto.graph)])
         proto = _quantize(proto, max(bits, 8), router)
     del proto.graph.value_info[:]  # float16's are partly wrong; a runtime infers them
     result = ir.from_proto(proto)
@@ -100,6 +102,12 @@ def _join_float32(
             if origin in float32:
                 node.op_type, node.input[0] = "Identity", origin
                 del node.attribute[:]
+
+
+def _residual_products(graph: Any) -> list[str]:
+    """Names of the products whose result is added to something, or is the logits."""
+    added = {"logits", *(name for node in graph.node if node.op_type == "Add" for name in node.input)}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.output[0] in added]
 
 
 def _norm_additions(graph: Any) -> Iterator[str]:

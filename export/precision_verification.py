@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..report import Check, relative
-from .verification import DECODE_STEPS, LOW_PRECISION_MARGIN, PREFILL_SHAPES, random_tokens
+from .precision import ROUTING
+from .verification import DECODE_STEPS, PREFILL_SHAPES, precision_of, random_tokens
 
 if TYPE_CHECKING:
     from ..model import MoMForCausalLM
     from .text_verification import HeldOut
 
-MIN_AGREEMENT = 0.995
 FREE_TOKENS = 512  # tokens of a text over which the free choices are compared
 PROMPT = 41  # the steps cross position 64
 Draw = Callable[[int, int, int], NDArray[np.int64]]
@@ -109,6 +109,9 @@ def _free(runner: Any, model: MoMForCausalLM, ids: NDArray[np.int64]) -> Check:
             if missing and others:
                 margin = max(margin, float(probability[t, missing].max() - probability[t, others].min()))
     agreement = 1 - different / use.sum()
-    passed = agreement >= MIN_AGREEMENT and margin < LOW_PRECISION_MARGIN
-    note = f"{different} of {use.sum()} choices differ, largest margin {margin:.1e}"
+    least, largest = ROUTING[precision_of(runner)]
+    passed = agreement >= least and margin < largest
+    note = (
+        f"{different} of {use.sum()} choices differ, largest margin {margin:.1e}; {least:.1%} and {largest:g} allowed"
+    )
     return Check("free routing agrees", None, bool(passed), note, f"{agreement:.2%}")

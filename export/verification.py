@@ -25,7 +25,6 @@ DECODE_STEPS = 64
 GREEDY_STEPS = 256
 # (batch, length): off the exported example's length, around chunk boundaries, and one token.
 PREFILL_SHAPES = ((1, 1), (3, 7), (2, 63), (2, 64), (1, 65), (2, 130), (1, 200))
-LOW_PRECISION_MARGIN = 1e-2
 ROUTING_MARGIN = 1e-5  # below it two float32 implementations may rightly choose different memories
 MIN_COMPARED = 0.5  # share of the tokens that a check must have compared
 

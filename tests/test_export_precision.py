@@ -33,7 +33,7 @@ def exported(model: MoMForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     def make(precision: str) -> Path:
         if not (folder / precision).exists():
             # Random weights of 4 bits are 5 to 10 % off, and so are their logits: asked for, and in the manifest.
-            tolerance = 0.3 if precision == "int4" else None
+            tolerance = 0.5 if precision == "int4" else None
             export.to_onnx(model, folder / precision, precision=precision, tolerance=tolerance)
         return folder / precision
 
@@ -48,10 +48,10 @@ def test_parity_and_size(precision: str, model: MoMForCausalLM, exported: Maker)
     checks = {check["name"]: check for check in manifest["parity"]["checks"]}
     assert checks["prefill logits, the model's routing forced in"]["error"] > 1e-4  # something was rounded
     assert "64 decode steps with the same routing" in checks
-    assert manifest["tolerance"] == (0.3 if precision == "int4" else 0.02)
+    assert manifest["tolerance"] == (0.5 if precision == "int4" else 0.02)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     fixed = 4 * model.model.embeddings.weight.numel()  # weight-only quantization leaves the embedding alone
-    share = {"float16": 0.5, "int8": 0.35, "int4": 0.25}[precision]
+    share = {"float16": 0.5, "int8": 0.35, "int4": 0.3}[precision]
     size = (folder / "weights.bin").stat().st_size
     assert size < (weights * share if precision == "float16" else fixed + (weights - fixed) * share) + 64 * 1024
 
@@ -110,7 +110,7 @@ def test_a_given_routing(model: MoMForCausalLM, exported: Maker) -> None:
         runner.run_forced(ids, [chosen[..., :1]])
 
 
-def test_the_output_projection_has_8_bits_in_int4(exported: Maker) -> None:
+def test_what_goes_into_the_residual_stream_has_8_bits_in_int4(exported: Maker) -> None:
     import onnx
 
     graph = onnx.load(str(exported("int4") / "decode.onnx")).graph
@@ -118,7 +118,8 @@ def test_the_output_projection_has_8_bits_in_int4(exported: Maker) -> None:
     for node in graph.node:
         if node.op_type == "MatMulNBits":
             bits[node.output[0]] = next(item.i for item in node.attribute if item.name == "bits")
-    assert bits.pop("logits") == 8 and set(bits.values()) == {4}
+    assert bits.pop("logits") == 8
+    assert sorted(bits.values()) == [4, 4, 4, 4, 4, 8, 8]  # q, kv, output gate, gate, up; o, down
 
 
 def test_messages(model: MoMForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
