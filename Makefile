@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install demo test test-interpret test-slow test-gpu check lint types kernels kernels-sm90 bench clean
+.PHONY: help install demo test test-interpret test-matrix test-slow test-gpu check lint types kernels kernels-sm90 bench clean
 
 help:
 	@echo "make demo   train a small model, export it to ONNX, verify it, generate from the exported graph"
@@ -39,6 +39,10 @@ test-interpret: $(STAMP)
 
 INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py \
 	tests/test_decode_step.py tests/test_decode_linear.py
+
+# Every combination of the layer's settings through the export targets; goes on where it was interrupted.
+test-matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/export_matrix.py --jobs 2
 
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m slow
