@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install demo test test-interpret test-tensorrt engines test-slow test-gpu check lint types kernels kernels-sm90 lint-ptx bench clean
+.PHONY: help install demo test test-interpret test-tensorrt test-matrix engines test-slow test-gpu check lint types kernels kernels-sm90 lint-ptx bench clean
 
 help:
 	@echo "make demo   train a small model, export it to ONNX, verify it, generate from the exported graph"
@@ -55,6 +55,10 @@ engines: $(TENSORRT)
 	for precision in float32 float16; do \
 		$(BIN)/mom-compile export runs/demo runs/demo-tensorrt-$$precision --to tensorrt --precision $$precision || exit 1; \
 	done
+
+# Every combination of the layer's settings through the export targets; goes on where it was interrupted.
+test-matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/export_matrix.py --jobs 2
 
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m slow
