@@ -23,10 +23,12 @@ CASES = plan_cases()
         ("masked", 1, 20, 33, 2, False, torch.float32),
         ("all-to-one-memory", 2, 16, 32, 3, True, torch.bfloat16),
         ("65-tokens", 1, 8, 8, 1, False, torch.float32),
-        ("documents", 1, 8, 8, 6, True, torch.float16),
+        ("65-tokens", 1, 8, 8, 6, True, torch.float16),
     ],
 )
-def test_conv_qkv(name: str, heads: int, dim: int, values: int, width: int, with_state: bool, dtype: torch.dtype) -> None:
+def test_conv_qkv(
+    name: str, heads: int, dim: int, values: int, width: int, with_state: bool, dtype: torch.dtype
+) -> None:
     plan, tokens, segments = CASES[name]()
     size = heads * dim
     real = (plan.entry_of >= 0).unsqueeze(1)

@@ -57,7 +57,5 @@ def conv_qkv_bwd(
     grad = rstd * (grad - normed * (grad * normed).sum(-1, keepdim=True))
     dy = torch.cat([grad.flatten(1), dv.to(grad.dtype)], 1)
     start, length, chunk = tables[2:]
-    dx, dweight, dinitial = short_conv_bwd(
-        dy, dfinal_state, rows, weight, initial_state, start, length, chunk, "silu"
-    )
+    dx, dweight, dinitial = short_conv_bwd(dy, dfinal_state, rows, weight, initial_state, start, length, chunk, "silu")
     return dx[:, : q.shape[1]].contiguous(), dx[:, q.shape[1] :].contiguous(), dweight, dinitial

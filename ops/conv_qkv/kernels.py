@@ -1,7 +1,7 @@
 """Triton kernels that turn projections into q, k and v rows: convolution, SiLU, and the L2 norm of q and k.
 
-A program takes one chunk and some heads of one of the three parts, and walks down the rows with the last W-1 inputs (and
-gradients) in registers: every element is read once. Elements of a row lie in one warp, so that a norm needs no barrier.
+A program takes one chunk and some heads of one of the three parts, and walks down the rows with the last W-1 inputs
+(and gradients) in registers: every element is read once.
 """
 
 from __future__ import annotations
@@ -204,9 +204,7 @@ def _backward(
         incoming = ()
         for u in tl.static_range(UNROLL):
             position = first + group + u
-            value = _input(
-                x, entry_of, start, position, length, rows, tokens, column, valid, STRIDE, CHOICES, GATHER
-            )
+            value = _input(x, entry_of, start, position, length, rows, tokens, column, valid, STRIDE, CHOICES, GATHER)
             values = values + (value,)
             value = _input(dy, entry_of, start, position, length, rows, tokens, part_column, valid, OUT, 1, False)
             incoming = incoming + (value,)

@@ -13,20 +13,20 @@ from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels import conv_qkv_bwd_kernel, conv_qkv_edge_kernel, conv_qkv_kernel
 
-LANES = 256
-"""Channels of one warp: eight for each of its threads."""
+CHANNELS = 256
+"""Of a row, for one program."""
 
 
 def _config(heads: int, head_dim: int, values: int, width: int, choices: int, unroll: int = 0) -> Config:
     block_k = next_power_of_2(max(head_dim, 16))
     # The interpreter pays for every operation on a tile, whatever its size.
-    block_h = max((1 << 14 if INTERPRET else LANES) // block_k, 1)
+    block_h = max((1 << 14 if INTERPRET else CHANNELS) // block_k, 1)
     block_h = min(block_h, next_power_of_2(max(heads, cdiv(values, block_k), 1)))
     constants = {"H": heads, "K": head_dim, "VS": values, "WIDTH": width, "CHOICES": choices}
     constants |= {"BLOCK_H": block_h, "BLOCK_K": block_k}
     if unroll:
         constants |= {"CHUNK": CHUNK, "UNROLL": unroll}
-    return Config(constants, num_warps=max(block_k // LANES, 1))
+    return Config(constants, num_warps=max(block_h * block_k // 128, 1) if block_h * block_k <= 4096 else 4)
 
 
 def _programs(count: int, config: Config) -> tuple[int]:
