@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .block import MoMBlock
 from .config import MoMConfig
 from .losses import balance_loss, next_token_loss
+from .memory_policy import MemoryPolicy, check_policy
 from .mom_attention import Form
 from .state import LayerState, State, check_state
 
@@ -76,6 +77,20 @@ class MoMForCausalLM(nn.Module):
         """
         device = None if device is None else torch.device(device)
         return tuple(layer.attn.init_state(batch_size, device, dtype) for layer in self.model.layers)  # type: ignore[operator,union-attr]
+
+    def set_memory_policy(self, policy: MemoryPolicy) -> None:
+        """Choose what training keeps for the backward.
+
+        Args:
+            policy: ``save`` (everything: fastest), ``selective`` (the default: results of matrix products and of the
+                memory rule) or ``block`` (the blocks' inputs: smallest); see :mod:`mom_compile.memory_policy`.
+
+        Raises:
+            ValueError: another name.
+        """
+        policy = check_policy(policy)
+        for block in self.model.layers:
+            block.memory_policy = policy
 
     def forward(
         self,

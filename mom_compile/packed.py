@@ -44,16 +44,27 @@ def forward(
         config.shared_mem,
     )
     tokens = x.flatten(0, 1)
-    kv = grouped_linear(permute(tokens, plan), layer.kv_proj, memory_group_bounds(layer, plan.group_offset))
-    qkv = torch.cat([permute(layer.q_proj(tokens), plan), kv], 1)
+    # The convolution is per channel: q and kv go through it apart, which spares a copy of both into one tensor.
+    parts = [
+        permute(layer.q_proj(tokens), plan),
+        grouped_linear(permute(tokens, plan), layer.kv_proj, memory_group_bounds(layer, plan.group_offset)),
+    ]
     new_state: LayerState = {}
     if config.use_short_conv:
-        history = None if state is None else state["conv_state"].flatten(0, 1).to(qkv.dtype)
-        qkv, conv_state = short_conv_rows(qkv, layer.conv1d, plan, history)
+        sizes = [part.shape[1] for part in parts]
+        history = None if state is None else state["conv_state"].flatten(0, 1).to(parts[0].dtype)
+        histories = [None, None] if history is None else history.split(sizes, 1)
+        convolved = [
+            short_conv_rows(part, weight, plan, past)
+            for part, weight, past in zip(parts, layer.conv1d.split(sizes), histories, strict=True)
+        ]
+        parts = [y for y, _ in convolved]
+        conv_state = torch.cat([last for _, last in convolved], 1)
         new_state["conv_state"] = torch.unflatten(conv_state, 0, (sequences, memories))
     else:
-        qkv = F.silu(qkv)
-    q, k, v = qkv.split([layer.key_size, layer.key_size, layer.value_size], 1)
+        parts = [F.silu(part) for part in parts]
+    q = parts[0]
+    k, v = parts[1].split([layer.key_size, layer.value_size], 1)
     q, k = (l2_norm(torch.unflatten(part, 1, (config.num_heads, config.head_dim))) for part in (q, k))
     v = torch.unflatten(v, 1, (config.value_heads, config.value_dim))
 
