@@ -21,7 +21,6 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._extras import check_installed, require
 from ._files import atomic_directory, write_json
@@ -38,6 +37,7 @@ from .data import TextData, WindowSampler, read_texts, tokenize
 from .evaluate import bits_per_byte, choice_counts, evaluate, shares
 from .losses import balance_loss
 from .model import MoMForCausalLM
+from .ops import linear_cross_entropy
 from .optim import clip_gradients, learning_rate_at, make_adamw
 from .plots import plot_run
 from .pretrained import write_model
@@ -192,10 +192,9 @@ class StepResult:
 
 def window_loss(model: MoMForCausalLM, windows: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Mean cross entropy of windows ``[B, L+1]`` int64, balance loss (both float32 scalars), router logits by layer."""
-    out = model(windows[:, :-1])
-    assert out.logits is not None
-    cross_entropy = F.cross_entropy(out.logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-    return cross_entropy, balance_loss(out.router_logits, model.config.topk), out.router_logits
+    x, _, router_logits = model.hidden_states(windows[:, :-1])
+    cross_entropy = linear_cross_entropy(x, model.lm_head.weight, windows[:, 1:])
+    return cross_entropy, balance_loss(router_logits, model.config.topk), router_logits
 
 
 class Trainer:

@@ -72,14 +72,15 @@ def test_every_row_ignored_gives_zero() -> None:
     x, weight, _ = _inputs(5, 50)
     loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), torch.full((5,), IGNORE))
     loss.backward()
-    assert loss == 0 and x.grad is not None and not x.grad.any() and not weight.grad.any()
+    assert x.grad is not None and weight.grad is not None
+    assert loss == 0 and not x.grad.any() and not weight.grad.any()
 
 
 def test_large_logits_stay_finite() -> None:
     x = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
     loss = linear_cross_entropy(x, torch.eye(2), torch.tensor([0, 0]), reduction="sum")
     loss.backward()
-    assert loss == 2e4 and torch.isfinite(x.grad).all()
+    assert loss == 2e4 and x.grad is not None and torch.isfinite(x.grad).all()
 
 
 def test_no_gradients_are_made_where_none_are_wanted() -> None:
@@ -97,6 +98,7 @@ def test_under_autocast() -> None:
     with torch.autocast(x.device.type, torch.bfloat16):
         loss = linear_cross_entropy(x, weight, target)
     loss.backward()
+    assert x.grad is not None and weight.grad is not None
     assert loss.dtype == x.grad.dtype == weight.grad.dtype == torch.float32
     assert_close(loss, F.cross_entropy(x @ weight.t(), target).detach(), TOLERANCES[torch.bfloat16], "loss")
 

@@ -56,7 +56,9 @@ def _triton(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, grads:
     _check(x, weight, target)
     if not x.is_cuda:
         _check_values(target, weight.shape[0], ignore_index)
-    return launch.linear_cross_entropy_fwd(x.contiguous(), weight.contiguous(), target.contiguous(), ignore_index, grads)
+    return launch.linear_cross_entropy_fwd(
+        x.contiguous(), weight.contiguous(), target.contiguous(), ignore_index, grads
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
