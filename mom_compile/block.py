@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import MoMConfig
-from .memory_policy import DEFAULT_POLICY, MemoryPolicy, run_with_policy
+from .memory_policy import MemoryPolicy, run_with_policy
 from .mom_attention import Form, MoMAttention
 from .state import LayerState, layer_shapes
 
@@ -42,7 +42,7 @@ class MoMBlock(nn.Module):
         self.attn = MoMAttention(config, layer_idx)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
-        self.memory_policy: MemoryPolicy = DEFAULT_POLICY
+        self.memory_policy: MemoryPolicy = "auto"
 
     def forward(
         self,

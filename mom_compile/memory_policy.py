@@ -1,14 +1,15 @@
 """What a block keeps for its backward: everything, the results that are dear, or its input alone.
 
-| policy | kept of a block | computed again in the backward |
-|---|---|---|
-| ``save`` | whatever its operators ask for | nothing |
-| ``selective`` (default) | its input, results of matrix products and of the memory rule, routing | what is one pass over memory: norms, row copies, convolution, activations, gates |
-| ``block`` | its input | the whole block |
+- ``save``: whatever its operators ask for. Nothing is computed again.
+- ``selective``: its input, its routing, and the results of matrix products and of the memory rule. What takes one pass
+  over memory is computed again in the backward: norms, row copies, convolution, activations, gates.
+- ``block``: its input. The whole block is computed again.
+- ``auto`` (default): ``selective`` in a compiled block. In an eager one ``save``: there each operator would pass through
+  Python twice more, which takes longer than the operators.
 
-All three give the same gradients, bit for bit where the operators repeat bit for bit, eagerly and under torch.compile of
-the model or of single blocks. They act in training (``model.train()`` with grad mode enabled) alone.
-"""  # noqa: E501
+All give the same gradients, bit for bit where the operators repeat bit for bit, under torch.compile of the model or of
+single blocks as well as eagerly. They act in training alone: ``model.train()`` with grad mode enabled.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .ops import RULES
 
-MemoryPolicy = Literal["save", "selective", "block"]
+MemoryPolicy = Literal["auto", "save", "selective", "block"]
 MEMORY_POLICIES: tuple[MemoryPolicy, ...] = get_args(MemoryPolicy)
-DEFAULT_POLICY: MemoryPolicy = "selective"
 
 _KEPT = {
     torch.ops.aten.mm.default,
@@ -71,7 +71,9 @@ def run_with_policy(
 
     Source: selective activation recomputation (arXiv 2205.05198) section 5, by torch.utils.checkpoint.
     """
-    if policy == "save" or not torch.is_grad_enabled():
+    if policy == "auto":
+        policy = "selective" if torch.compiler.is_compiling() else "save"
+    if policy == "save" or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return function(*args)
     options: dict[str, Any] = {"context_fn": _selective} if policy == "selective" else {}
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, **options)  # type: ignore[no-any-return]

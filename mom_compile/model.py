@@ -83,8 +83,9 @@ class MoMForCausalLM(nn.Module):
         """Choose what training keeps for the backward.
 
         Args:
-            policy: ``save`` (everything: fastest), ``selective`` (the default: results of matrix products and of the
-                memory rule) or ``block`` (the blocks' inputs: smallest); see :mod:`mom_compile.memory_policy`.
+            policy: ``save`` (everything: fastest), ``selective`` (results of matrix products and of the memory rule),
+                ``block`` (the blocks' inputs: smallest) or ``auto`` (the default: selective where compiled, else save);
+                see :mod:`mom_compile.memory_policy`.
 
         Raises:
             ValueError: another name.

@@ -36,6 +36,7 @@ from .config import MoMConfig
 from .data import TextData, WindowSampler, read_texts, tokenize
 from .evaluate import bits_per_byte, choice_counts, evaluate, shares
 from .losses import balance_loss
+from .memory_policy import check_policy
 from .model import MoMForCausalLM
 from .ops import linear_cross_entropy
 from .optim import clip_gradients, learning_rate_at, make_adamw
@@ -45,6 +46,7 @@ from .run_folder import CHECKPOINT, MODEL
 from .tokenizer import Tokenizer, load_tokenizer
 
 METRICS_FILE = "metrics.jsonl"
+COMPILE = ("block", "model", "none")
 CHANGEABLE = (
     "data",
     "max_steps",
@@ -52,6 +54,7 @@ CHANGEABLE = (
     "learning_rate",
     "clip",
     "compile",
+    "memory",
     "device",
     "log_every",
     "eval_every",
@@ -78,7 +81,9 @@ class TrainConfig:
         held_out: share of every document that is held out.
         log_every, eval_every, save_every: in steps; 0 turns evaluation or saving within the run off (the end of a run
             always does both).
-        compile: torch.compile the model; runs eagerly, and says so, where there is no compiler.
+        compile: torch.compile every ``block`` (one graph for them all: a short first step), the whole ``model``, or
+            ``none``; runs eagerly, and says so, where there is no compiler.
+        memory: what is kept for the backward, see :mod:`mom_compile.memory_policy`.
         device: such as cpu or cuda; None: CUDA if there is one.
         bf16: bfloat16 autocast; None: on CUDA devices that have it. Weights and their updates stay float32.
         progress: show a progress bar.
@@ -104,7 +109,8 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 200
-    compile: bool = True
+    compile: str = "block"
+    memory: str = "auto"
     device: str | None = None
     bf16: bool | None = None
     progress: bool = True
@@ -126,6 +132,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}; leave it out for no limit")
+        if self.compile not in COMPILE:
+            raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}; block starts fastest")
+        check_policy(self.memory)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}; 2e-3 suits small models")
         if not 0 <= self.final_ratio <= 1:
@@ -251,14 +260,18 @@ class Trainer:
         if saved:
             load_optimizer(self.folder / CHECKPOINT, self.model, self.optimizer)
             self.step, self.elapsed, self.best_bits = saved.step, saved.elapsed, saved.best_bits
-        self.compile_problem = compiler_problem(self.device) if config.compile else "turned off by --no-compile"
-        if self.compile_problem and config.compile:
+        self.compile_problem = "turned off" if config.compile == "none" else compiler_problem(self.device)
+        if self.compile_problem and config.compile != "none":
             self.say(f"not compiling: {self.compile_problem}; training runs eagerly, which is slower")
         self.first_step_seconds = 0.0
         self.last_step: StepResult | None = None
         self._loss: Callable[..., Any] = window_loss
-        if self.compile_problem is None:
+        self.model.set_memory_policy(config.memory)
+        if self.compiled and config.compile == "model":
             self._loss = torch.compile(window_loss, fullgraph=True)
+        elif self.compiled:
+            for block in self.model.model.layers:
+                block.compile(fullgraph=True)
 
     @property
     def compiled(self) -> bool:
@@ -427,7 +440,8 @@ class Trainer:
     def _evaluate(self, metrics: TextIO) -> None:
         """Judge the model on the held-out text and keep it in ``out/model`` if it is the best so far."""
         if len(self.data.held_out) > 1:
-            with self._autocast():
+            # Eagerly: a graph of the blocks without gradients would take longer to make than to run.
+            with self._autocast(), torch.compiler.set_stance("force_eager"):
                 result = evaluate(
                     self.model, self.data.held_out, batch_size=self.config.batch_size, seq_len=self.config.seq_len
                 )
