@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .block import MoMBlock
 from .config import MoMConfig
 from .losses import IGNORE, balance_loss, next_token_loss, next_token_targets
-from .memory_policy import MemoryPolicy, check_policy
+from .memory_policy import check_policy
 from .mom_attention import Form
 from .ops import linear_cross_entropy
 from .state import LayerState, State, check_state
@@ -79,7 +79,7 @@ class MoMForCausalLM(nn.Module):
         device = None if device is None else torch.device(device)
         return tuple(layer.attn.init_state(batch_size, device, dtype) for layer in self.model.layers)  # type: ignore[operator,union-attr]
 
-    def set_memory_policy(self, policy: MemoryPolicy) -> None:
+    def set_memory_policy(self, policy: str) -> None:
         """Choose what training keeps for the backward.
 
         Args:
@@ -90,9 +90,9 @@ class MoMForCausalLM(nn.Module):
         Raises:
             ValueError: another name.
         """
-        policy = check_policy(policy)
+        checked = check_policy(policy)
         for block in self.model.layers:
-            block.memory_policy = policy  # type: ignore[assignment]
+            block.memory_policy = checked  # type: ignore[assignment]
 
     def forward(
         self,

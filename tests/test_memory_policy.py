@@ -93,7 +93,7 @@ def _check_policies(model: MoMForCausalLM, inputs: dict[str, Any]) -> None:
     model.set_memory_policy("save")
     expected = _gradients(model, model, **inputs)
     for policy in ("selective", "block"):
-        model.set_memory_policy(policy)  # type: ignore[arg-type]
+        model.set_memory_policy(policy)
         for actual, wanted in zip(_gradients(model, model, **inputs), expected, strict=True):
             assert torch.equal(actual, wanted)
 
@@ -126,7 +126,7 @@ def test_a_random_router_draws_the_same_again() -> None:
     model.model.layers[0].attn.custom_router = router  # type: ignore[union-attr]
     results = []
     for policy in POLICIES:
-        model.set_memory_policy(policy)  # type: ignore[arg-type]
+        model.set_memory_policy(policy)
         torch.manual_seed(3)
         ids = torch.arange(80).view(2, 40) % 50
         results.append(_gradients(model, model, input_ids=ids, labels=ids))
@@ -140,7 +140,7 @@ def test_each_policy_keeps_less_than_the_one_before() -> None:
     ids = tokens(2, 300)
     kept = {}
     for policy in ("auto", *POLICIES):
-        model.set_memory_policy(policy)  # type: ignore[arg-type]
+        model.set_memory_policy(policy)
         kept[policy] = _kept_eagerly(model, ids)
     assert kept["block"] < 0.6 * kept["selective"] and kept["selective"] < 0.6 * kept["save"]
     assert kept["auto"] == kept["save"]
@@ -160,7 +160,7 @@ def test_compiled(whole: bool) -> None:
     for policy in ("auto", *POLICIES):
         torch._dynamo.reset()
         counters.clear()
-        model.set_memory_policy(policy)  # type: ignore[arg-type]
+        model.set_memory_policy(policy)
         run: Callable[..., Any] = model
         if whole:
             run = torch.compile(model, fullgraph=True, backend=BACKEND)
@@ -193,4 +193,4 @@ def test_one_graph_serves_every_length() -> None:
 
 def test_messages() -> None:
     with pytest.raises(ValueError, match="memory policy must be one of auto, save, selective, block, got 'all'; save"):
-        tiny_model().set_memory_policy("all")  # type: ignore[arg-type]
+        tiny_model().set_memory_policy("all")
