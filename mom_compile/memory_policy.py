@@ -4,8 +4,8 @@
 - ``selective``: its input, its routing, and the results of matrix products and of the memory rule. What takes one pass
   over memory is computed again in the backward: norms, row copies, convolution, activations, gates.
 - ``block``: its input. The whole block is computed again.
-- ``auto`` (default): ``selective`` in a compiled block, ``save`` in an eager one, where each operator would pass through
-  Python twice more and wait for it.
+- ``auto`` (default): ``selective`` in a compiled block, ``save`` in an eager one, where each operator would pass
+  through Python twice more and wait for it.
 
 All give the same gradients, bit for bit where the operators repeat bit for bit, under torch.compile of the model or of
 single blocks as well as eagerly. They act in training alone: ``model.train()`` with grad mode enabled.
