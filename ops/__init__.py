@@ -9,6 +9,7 @@ if __name__ != "mom_compile.ops":
 
 from ._layout import CHUNK
 from .combine import combine
+from .conv_qkv import conv_qkv
 from .decode_linear import decode_linear, decode_linear_
 from .decode_step import decode_step, decode_step_
 from .dispatch import DispatchPlan, dispatch
@@ -48,6 +49,7 @@ __all__ = [
     "chunk_mamba2",
     "chunk_retention",
     "combine",
+    "conv_qkv",
     "decode_linear",
     "decode_linear_",
     "decode_step",
