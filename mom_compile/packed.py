@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import combine, dispatch, grouped_linear, l2_norm, permute
+from .ops import combine, conv_qkv, dispatch, grouped_linear, l2_norm, permute
 from .ops.dispatch import DispatchPlan
 from .ops.memory_rule import chunk_rows
-from .ops.short_conv import short_conv_rows
 from .projections import memory_group_bounds, retention_gate, route_and_gate
 from .state import LayerState
 
@@ -44,28 +43,17 @@ def forward(
         config.shared_mem,
     )
     tokens = x.flatten(0, 1)
-    # The convolution is per channel: q and kv go through it apart, which spares a copy of both into one tensor.
-    parts = [
-        permute(layer.q_proj(tokens), plan),
-        grouped_linear(permute(tokens, plan), layer.kv_proj, memory_group_bounds(layer, plan.group_offset)),
-    ]
+    q = layer.q_proj(tokens)
+    kv = grouped_linear(permute(tokens, plan), layer.kv_proj, memory_group_bounds(layer, plan.group_offset))
     new_state: LayerState = {}
     if config.use_short_conv:
-        sizes = [part.shape[1] for part in parts]
-        history = None if state is None else state["conv_state"].flatten(0, 1).to(parts[0].dtype)
-        histories = [None, None] if history is None else history.split(sizes, 1)
-        convolved = [
-            short_conv_rows(part, weight, plan, past)
-            for part, weight, past in zip(parts, layer.conv1d.split(sizes), histories, strict=True)
-        ]
-        parts = [y for y, _ in convolved]
-        conv_state = torch.cat([last for _, last in convolved], 1)
+        history = None if state is None else state["conv_state"].flatten(0, 1).to(kv.dtype)
+        q, k, v, conv_state = conv_qkv(q, kv, layer.conv1d, plan, config.head_dim, history)
         new_state["conv_state"] = torch.unflatten(conv_state, 0, (sequences, memories))
     else:
-        parts = [F.silu(part) for part in parts]
-    q = parts[0]
-    k, v = parts[1].split([layer.key_size, layer.value_size], 1)
-    q, k = (l2_norm(torch.unflatten(part, 1, (config.num_heads, config.head_dim))) for part in (q, k))
+        k, v = F.silu(kv).split([layer.key_size, layer.value_size], 1)
+        heads = (config.num_heads, config.head_dim)
+        q, k = (l2_norm(torch.unflatten(part, 1, heads)) for part in (permute(F.silu(q), plan), k))
     v = torch.unflatten(v, 1, (config.value_heads, config.value_dim))
 
     g, beta, dt = _rows_of_gates(layer, [gates.g, gates.beta, gates.dt], plan)
