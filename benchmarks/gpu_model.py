@@ -1,6 +1,6 @@
 """The model on one GPU: time and memory of training steps and of decode steps.
 
-    python benchmarks/gpu_model.py [--out FOLDER] [--size 512m|tiny]
+    python benchmarks/gpu_model.py [--out FOLDER] [--size 512m|tiny] [--memory auto|save|selective|block]
 
 Prints a table; with --out writes gpu_model.csv there. Timings are medians over CUDA events after warm-up.
 """
@@ -18,6 +18,7 @@ import torch
 import triton
 
 from mom_compile import MoMConfig, MoMForCausalLM
+from mom_compile.memory_policy import MEMORY_POLICIES
 
 SIZES = {
     "tiny": MoMConfig(vocab_size=257, hidden_size=128, num_hidden_layers=2, num_heads=2, head_dim=64, hidden_ratio=2),
@@ -47,10 +48,12 @@ def median_ms(function: Callable[[], object], repeats: int = 10, warmup: int = 3
     return sorted(times)[len(times) // 2]
 
 
-def timings(size: str) -> None:
+def timings(size: str, memory: str) -> None:
     config = SIZES[size]
     torch.manual_seed(0)
     model = MoMForCausalLM(config).cuda().bfloat16()
+    model.set_memory_policy(memory)
+    record("memory policy", memory, "")
     record(f"{size}: parameters", round(sum(p.numel() for p in model.parameters()) / 1e6, 1), "M")
     for batch, length in [(8, 2048), (1, 16384)]:
         ids = torch.randint(0, config.vocab_size, (batch, length), device="cuda")
@@ -74,7 +77,9 @@ def timings(size: str) -> None:
     step(ids)
     torch.cuda.synchronize()
     record(f"{size}: first step with the blocks compiled", round(time.perf_counter() - start, 1), "s")
+    torch.cuda.reset_peak_memory_stats()
     record(f"{size}: compiled forward + backward 8x2048", round(median_ms(lambda: step(ids), 5, 2), 1), "ms")
+    record(f"{size}: peak memory of it", round(torch.cuda.max_memory_allocated() / 2**30, 1), "GiB")
     model = MoMForCausalLM(config).cuda().bfloat16()
     with torch.no_grad():
         for batch in (1, 16):
@@ -93,12 +98,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--size", default="512m", choices=SIZES)
+    parser.add_argument("--memory", default="auto", choices=MEMORY_POLICIES)
     args = parser.parse_args()
     record("device", torch.cuda.get_device_name(), "")
     record(
         "versions", f"torch {torch.__version__}, triton {triton.__version__}, python {platform.python_version()}", ""
     )
-    timings(args.size)
+    timings(args.size, args.memory)
     if args.out:
         with (args.out / "gpu_model.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["what", "value", "unit"])

@@ -53,7 +53,7 @@ def _kept_eagerly(model: MoMForCausalLM, ids: Tensor) -> int:
     return storages.alive()
 
 
-def _kept_compiled(function: Callable[..., Any], model: MoMForCausalLM, ids: Tensor) -> int:
+def _kept_compiled(run: Callable[..., Any], model: MoMForCausalLM, inputs: dict[str, Any]) -> int:
     """Bytes of the tensors that autograd saves, parameters aside."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, tuple[int, Tensor]] = {}
@@ -64,9 +64,8 @@ def _kept_compiled(function: Callable[..., Any], model: MoMForCausalLM, ids: Ten
             saved[storage.data_ptr()] = (storage.nbytes(), x)
         return x
 
-    function(ids, labels=ids)  # compiles
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        function(ids, labels=ids)
+        run(**inputs)
     return sum(size for size, _ in saved.values())
 
 
@@ -149,37 +148,47 @@ def test_each_policy_keeps_less_than_the_one_before() -> None:
     assert _kept_eagerly(model, ids) == kept["save"]
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["model", "blocks"])
-def test_compiled(whole: bool) -> None:
+def test_compiled_blocks() -> None:
     """One graph without breaks; the partitioner keeps what the policy says; the eager gradients."""
-    model = tiny_model(head_dim=16, hidden_size=64).train()
+    model = tiny_model(num_hidden_layers=2, head_dim=16, hidden_size=64).train()
     inputs = _inputs(model, packed=True)
     model.set_memory_policy("save")
-    expected = _gradients(model, model, **inputs)
-    ids, kept = tokens(2, 300), {}
-    for policy in ("auto", *POLICIES):
+    expected, kept = _gradients(model, model, **inputs), {}
+    for policy in POLICIES:
         torch._dynamo.reset()
         counters.clear()
         model.set_memory_policy(policy)
-        run: Callable[..., Any] = model
-        if whole:
-            run = torch.compile(model, fullgraph=True, backend=BACKEND)
-        else:
-            for block in model.model.layers:
-                block.compile(fullgraph=True, backend=BACKEND)
-        for actual, wanted in zip(_gradients(model, run, **inputs), expected, strict=True):
+        for block in model.model.layers:
+            block.compile(fullgraph=True, backend=BACKEND)
+        for actual, wanted in zip(_gradients(model, model, **inputs), expected, strict=True):
             assert torch.allclose(actual, wanted, rtol=1e-3, atol=1e-5)
-        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-        kept[policy] = _kept_compiled(run, model, ids)
+        kept[policy] = _kept_compiled(model, model, inputs)
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # the layers share it
     assert kept["block"] < 0.6 * kept["selective"] and kept["selective"] < 0.6 * kept["save"]
-    assert kept["auto"] == kept["selective"]
+
+
+def test_compiled_whole() -> None:
+    """The default is selective recomputation, within the graph of the model as well."""
+    model = tiny_model(num_hidden_layers=1, head_dim=16, hidden_size=64).train()
+    inputs = _inputs(model)
+    expected, kept = _gradients(model, model, **inputs), {}
+    for policy in ("auto", "block"):
+        torch._dynamo.reset()
+        model.set_memory_policy(policy)
+        compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+        for actual, wanted in zip(_gradients(model, compiled, **inputs), expected, strict=True):
+            assert torch.allclose(actual, wanted, rtol=1e-3, atol=1e-5)
+        kept[policy] = _kept_compiled(compiled, model, inputs)
+    assert kept["block"] < 0.6 * kept["auto"]
+    model.set_memory_policy("save")
+    assert kept["auto"] < 0.6 * _kept_eagerly(model, inputs["input_ids"])
 
 
 def test_one_graph_serves_every_length() -> None:
     model = tiny_model(num_hidden_layers=2).train()
     model.set_memory_policy("selective")
     for block in model.model.layers:
-        block.compile(fullgraph=True, backend=BACKEND)
+        block.compile(fullgraph=True, backend="aot_eager")
     for batch, length in [(2, 20), (3, 33)]:
         model(tokens(batch, length), labels=tokens(batch, length)).loss.backward()
     graphs = counters["stats"]["unique_graphs"]
