@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mom_compile import MoMConfig, MoMForCausalLM
-from mom_compile.optim import clip_gradients, make_adamw, parameter_groups
+from mom_compile.optim import clip_gradients, make_adamw
 from mom_compile.train import window_loss
 
 pytestmark = pytest.mark.gpu
@@ -84,10 +84,9 @@ def test_a_training_step_as_a_cuda_graph(compiled: bool) -> None:
     captured = copy.deepcopy(eager)
     windows = _windows(8)
     models = {"eager": eager, "captured": captured}
-    optimizers = {
-        name: torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, fused=True, capturable=True)
-        for name, model in models.items()
-    }
+    optimizers = {name: make_adamw(model, 1e-3, 0.1) for name, model in models.items()}
+    for group in optimizers["captured"].param_groups:
+        group["capturable"] = True
     for model in models.values():
         model.set_memory_policy("selective")
         if compiled:
@@ -115,7 +114,7 @@ def test_a_training_step_as_a_cuda_graph(compiled: bool) -> None:
 
 
 def test_policies_keep_less_and_give_the_same_gradients() -> None:
-    model = _model(4, hidden_size=256, head_dim=128).bfloat16()
+    model = _model(3)  # float32: bfloat16 rounds elsewhere in another graph, and a choice of the router may flip
     ids = torch.randint(0, 257, (2, 2048))
     peaks: dict[tuple[bool, str], int] = {}
     for compiled in (False, True):
@@ -135,8 +134,8 @@ def test_policies_keep_less_and_give_the_same_gradients() -> None:
                 expected = gradients
             elif not compiled:
                 assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
-            else:  # inductor fuses differently, so it rounds to bfloat16 at other places
-                assert all(relative(a, b) < 2e-2 for a, b in zip(gradients, expected, strict=True))
+            else:
+                assert all(relative(a, b) < 1e-3 for a, b in zip(gradients, expected, strict=True))
         assert peaks[compiled, "block"] < peaks[compiled, "selective"] < peaks[compiled, "save"]
 
 
