@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import VARIANTS, tiny_model, tokens
+from support import TOLERANCES, relative
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -113,6 +114,23 @@ def test_gradients_of_the_variants_are_bit_equal(variant: str) -> None:
 def test_gradients_under_autocast_are_bit_equal() -> None:
     model = tiny_model().train()
     _check_policies(model, _inputs(model) | {"autocast": True})
+
+
+def test_backward_inside_autocast() -> None:
+    """The operators' backward takes no part in it."""
+    model = tiny_model().train()
+    ids, gradients = tokens(2, 50), []
+    for inside in (False, True):
+        model.zero_grad()
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        assert relative(a, b) < TOLERANCES[torch.bfloat16]
 
 
 def test_a_random_router_draws_the_same_again() -> None:
