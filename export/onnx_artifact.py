@@ -20,6 +20,7 @@ import torch
 from .._extras import check_installed
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
+from ..mom_attention import Form
 from ._onnxruntime import require_onnxruntime
 from .lowerings import lowerings
 from .onnx_runner import TOUCHED_GRAPH
@@ -35,6 +36,7 @@ TARGETS = ("onnxruntime", "portable")
 OPSET = 20
 WEIGHTS_FILE = "weights.bin"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
+RUN_FILES = {"run.py": "run_template.py", "run.cpp": "cpp/run.cpp"}
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can read them
 ALIGNMENT = 64
 
@@ -50,8 +52,8 @@ def to_onnx(
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
     The folder holds ``prefill.onnx`` (any batch and length), ``decode.onnx`` (one token), their common ``weights.bin``,
-    ``manifest.json``, a reference to verify against later, ``run.py`` and a tokenizer. For onnxruntime there is also
-    ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
+    ``manifest.json``, a reference to verify against later, ``run.py``, ``run.cpp`` and a tokenizer. For onnxruntime
+    there is also ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
     ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
 
@@ -86,8 +88,9 @@ def to_onnx(
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
         graphs = _write_graphs(exact, folder, target, precision)
-        run_py = resources.files(__package__ or "").joinpath("run_template.py").read_text(encoding="utf-8")
-        (folder / "run.py").write_text(run_py, encoding="utf-8")
+        for name, source in RUN_FILES.items():
+            text = resources.files(__package__ or "").joinpath(source).read_text(encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
         return {
             "kind": "onnx",
             "target": target,
@@ -178,11 +181,17 @@ def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]
     return {name: describe_graph(folder / file) for name, file in files.items()}
 
 
+def standard_graph(model: MoMForCausalLM, name: str) -> Any:
+    """A graph of standard operators alone, ``prefill`` or ``decode``, as an onnx_ir model."""
+    return _graph(model, "portable", name)
+
+
 def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:
     """One graph as an onnx_ir model."""
     decode, touched = name != "prefill", name == TOUCHED_GRAPH
     with quiet():
-        program = export_program(model, decode, lowerings(target, decode), touched)
+        form: Form = "dense" if decode and target == "tensorrt" else "portable"
+        program = export_program(model, decode, lowerings(target, decode), touched, form)
     states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
     present = states
     if touched:

@@ -36,7 +36,7 @@ class OnnxRunner(Runner):
             options.log_severity_level = 3
             try:
                 self._sessions[name] = self._runtime.InferenceSession(
-                    str(self.folder / self.manifest["graphs"][name]), options, providers=self._providers
+                    self._model(name), options, providers=self._providers
                 )
             except Exception as error:
                 raise ValueError(
@@ -46,6 +46,10 @@ class OnnxRunner(Runner):
                 ) from error
             self._check_session(self._sessions[name], name)
         return self._sessions[name]
+
+    def _model(self, name: str) -> str:
+        """The file of a graph."""
+        return str(self.folder / self.manifest["graphs"][name])
 
     def _check_session(self, session: Any, name: str) -> None:
         """The graph takes the states that the manifest names."""
@@ -72,7 +76,7 @@ class OnnxRunner(Runner):
         return logits, self._state(present)
 
     def _graph_name(self, length: int) -> str:
-        return "decode" if length == 1 else "prefill"
+        return "decode" if length == 1 and "decode" in self.manifest["graphs"] else "prefill"
 
     def _inputs(self, ids: NDArray[np.int64]) -> dict[str, Any]:
         """Everything that a graph takes apart from the state."""

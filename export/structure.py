@@ -11,7 +11,12 @@ from .._extras import require
 from ..config import MoMConfig
 
 STANDARD_DOMAINS = ("", "ai.onnx")
-TARGET_DOMAINS = {"portable": STANDARD_DOMAINS, "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft")}
+TARGET_DOMAINS = {
+    "portable": STANDARD_DOMAINS,
+    "triton-server": STANDARD_DOMAINS,
+    "tensorrt": STANDARD_DOMAINS,
+    "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft"),
+}
 
 
 def describe_graph(path: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def verify_conversation(runners: Sequence[Runner], model: MoMForCausalLM, tolera
 
 def verify_folder(folder: Path, model: MoMForCausalLM | None, tolerance: float) -> Report:
     """:func:`verify` without the comparison of configurations."""
-    runner = load(folder)
+    runner = _open(folder)
     checks = [_structure(runner), _recorded(folder, runner, tolerance)]
     if model is not None and _precision(runner) != "float32":
         checks += _same_routing(runner, model, tolerance)
@@ -89,6 +89,13 @@ def verify_folder(folder: Path, model: MoMForCausalLM | None, tolerance: float) 
 
             checks += genai_checks(runner, model, tolerance)
     return Report(f"{runner.manifest['target']} artifact", tolerance, tuple(checks))
+
+
+def _open(folder: Path) -> Runner:
+    """The folder's runner; for TensorRT the graphs that the engines were built from, in onnxruntime on the CPU."""
+    if read_manifest(folder)["kind"] == "tensorrt":
+        return load(folder, providers=["CPUExecutionProvider"])
+    return load(folder)
 
 
 def _structure(runner: Runner) -> Check:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._kernel_variant import KernelVariant
+from ._kernel_variant import SHARED_MEMORY_KB, KernelVariant
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """What the variants cover; float16 compiles as bfloat16 does."""
@@ -34,14 +35,76 @@ class Config:
     num_stages: int = 1
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a ``launch.py`` makes it; ``args`` are the kernel's first arguments, the constants the others."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    config: Config
+    args: tuple[Any, ...]
+
+    def run(self) -> None:
+        """Run the kernel on the device of its first tensor; an empty grid runs nothing."""
+        if 0 in self.grid:
+            return
+        device = next(x.device for x in self.args if isinstance(x, Tensor))
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](
+                *self.args, **self.config.constants, **options(self.config.num_warps, self.config.num_stages)
+            )
+
+    def trace(self) -> None:
+        """Make the launch a node of the graph that is being traced; sizes of the grid may be symbols."""
+        traced = torch.library.wrap_triton(self.kernel)[self.grid]
+        # Options other than these two have no place in a graph.
+        traced(*self.args, **self.config.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+
+
+_hook: Callable[[Launch], None] | None = None
+_architecture: int | None = None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> None:
-    """Run ``kernel`` on the device of its first tensor; an empty grid runs nothing."""
-    if 0 in grid:
-        return
-    device = next(x.device for x in args if isinstance(x, Tensor))
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **config.constants, **options(config.num_warps, config.num_stages))
+    """Launch ``kernel``, unless :func:`instead_of_launches` says otherwise."""
+    call = Launch(kernel, grid, config, args)
+    if _hook is None:
+        call.run()
+    else:
+        _hook(call)
+
+
+@contextlib.contextmanager
+def instead_of_launches(hook: Callable[[Launch], None], architecture: int | None = None) -> Iterator[None]:
+    """Give every launch to ``hook``, which may run it. With tensors of the meta device nothing needs a GPU.
+
+    Args:
+        hook: takes each launch.
+        architecture: compute capability times ten of the GPU to configure for; None: the device of the tensors.
+    """
+    global _hook, _architecture
+    before = _hook, _architecture
+    _hook, _architecture = hook, architecture
+    try:
+        yield
+    finally:
+        _hook, _architecture = before
+
+
+def shared_memory_kb(device: torch.device) -> int:
+    """Shared memory of a thread block, in KiB; that of the smallest GPUs for the interpreter."""
+    if _architecture is not None:
+        return SHARED_MEMORY_KB[_architecture]
+    return _device_shared_memory_kb(device)
+
+
+@cache
+def _device_shared_memory_kb(device: torch.device) -> int:
+    if device.type != "cuda":
+        return min(SHARED_MEMORY_KB.values())
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin // 1024
 
 
 def options(num_warps: int, num_stages: int) -> dict[str, Any]:
@@ -65,6 +128,11 @@ def variant(
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def bits(n: int) -> int:
+    """``n.bit_length()``; the most there can be for a symbol."""
+    return n.bit_length() if isinstance(n, int) else 31
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,6 +12,8 @@ from torch.library import custom_op
 from ._triton import use_triton
 
 NAMESPACE = "mom"
+TRITON_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+"""Operator -> its Triton implementation."""
 AUTOCAST_DEVICES = ("cpu", "cuda")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -62,6 +64,8 @@ def register_op(
         op.register_autograd(backward, setup_context=setup_context)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     positions += [i for i, argument in enumerate(overload._schema.arguments) if argument.name in mutates_args]
+    if triton is not None:
+        TRITON_IMPLEMENTATIONS[overload] = triton
     if autocast:
         _register_autocast(name, overload, autocast)
     return overload

@@ -43,7 +43,7 @@ def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> N
     assert manifest["parity"]["passed"] and manifest["parity"]["error"] < 1e-4
     graphs = {"prefill.onnx", "decode.onnx"}
     graphs |= {"decode_touched.onnx"} if manifest["target"] == "onnxruntime" else set()
-    assert set(manifest["files"]) == {*graphs, "weights.bin", "run.py", "reference.npz"}
+    assert set(manifest["files"]) == {*graphs, "weights.bin", "run.py", "run.cpp", "reference.npz"}
     first = manifest["io"]["prefill"]["inputs"][:3]
     assert first[0] == {"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}
     # M' = 5 memories; C = 2 heads * 8 * 2 + 4 * 8 channels; 4 value heads of 8 x 8.

@@ -1,19 +1,18 @@
-"""Every Triton kernel configuration compiles for every GPU it serves, within its shared memory and registers."""
+"""Every Triton kernel configuration compiles for every GPU it serves, with none of the hazards of ``_ptx_lint``."""
 
 from __future__ import annotations
 
 import pytest
-from aot import collect, compile_variant, name_of
+from aot import collect, name_of
 from support import INTERPRET
 
+from mom_compile.ops._aot import compile_variant
 from mom_compile.ops._kernel_variant import SHARED_MEMORY_KB, KernelVariant
 
 triton = pytest.importorskip("triton")
 if INTERPRET:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-SPILL_LIMIT = 512
-"""Bytes that one thread may spill."""
 VARIANTS = collect()
 
 
@@ -38,7 +37,5 @@ def test_every_kernel_has_a_quick_variant() -> None:
 
 
 @pytest.mark.parametrize(("variant", "architecture"), _cases())
-def test_compiles(variant: KernelVariant, architecture: int) -> None:
-    used = compile_variant(variant, architecture)
-    assert used.shared <= SHARED_MEMORY_KB[architecture] * 1024, f"{used.shared} bytes of shared memory"
-    assert used.spills <= SPILL_LIMIT, f"{used.spills} bytes spilled"
+def test_compiles_without_hazards(variant: KernelVariant, architecture: int) -> None:
+    assert compile_variant(variant, architecture).hazards == ()

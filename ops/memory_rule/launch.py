@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._kernel_variant import SHARED_MEMORY_KB, KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, shared_memory_kb, variant
 from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
@@ -39,7 +38,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
     """A kernel's configuration for thread blocks of ``shared_kb`` KiB of shared memory, and its programs along V.
 
     One stage where a product takes two plain loads: Triton 3.6 misses the fence between pipelined loads and the
-    asynchronous products of sm_90. The scans' products each have a computed operand, and so the fence.
+    asynchronous products of sm_90. The scans' products each have a computed operand, and so the fence; all but those
+    of the additive rule without a gate.
     """
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
@@ -59,7 +59,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
     if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
         bv = min(value, 16 if wide else 64 if shared_kb >= LARGE_KB else 32)
         constants["NK"] = cdiv(heads.K, bk)
-        if kernel is chunk_scan_kernel and not wide and shared_kb >= LARGE_KB:
+        computed = heads.gate or heads.delta
+        if kernel is chunk_scan_kernel and computed and not wide and shared_kb >= LARGE_KB:
             stages = 2
     if kernel is chunk_bwd_kernel and shared_kb < LARGE_KB:
         warps = 8  # without asynchronous products its tiles would not fit the registers of four
@@ -67,18 +68,9 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
     return Config(constants | {"V": heads.V, "BV": bv}, warps, stages), cdiv(heads.V, bv) if split else 1
 
 
-@cache
-def _shared_kb(device: torch.device) -> int:
-    """Shared memory of a thread block, in KiB; that of the smallest GPUs for the interpreter."""
-    if device.type != "cuda":
-        return min(SHARED_MEMORY_KB.values())
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin // 1024
-
-
 def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
     """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
-    config, blocks = _config(kernel, heads, _shared_kb(next(x.device for x in args if isinstance(x, Tensor))))
+    config, blocks = _config(kernel, heads, shared_memory_kb(next(x.device for x in args if isinstance(x, Tensor))))
     launch(kernel, (programs, blocks), config, *args)
 
 

@@ -1,0 +1,212 @@
+"""The kernel pack: its table agrees with the launches and the binaries, builds as C and C++, and runs on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import write_cases
+from models import tiny_config, tiny_model
+from support import INTERPRET
+
+from mom_compile import MoMConfig, MoMForCausalLM
+from mom_compile.export import load, to_kernels
+from mom_compile.export.artifact import read_manifest
+from mom_compile.export.kernel_functions import Function, functions
+from mom_compile.export.kernel_table import Axis, Linear, entries, record
+from mom_compile.ops._launch import cdiv
+
+pytest.importorskip("triton")
+if INTERPRET:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+NATIVE = Path(__file__).parent / "cpp"
+META = torch.device("meta")
+
+
+def _compiler() -> str:
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("needs g++")
+    return found
+
+
+def _build(pack: Path, target: Path) -> Path:
+    sources = [str(NATIVE / "check_pack.cpp"), str(pack / "mom_launch.cpp")]
+    command = [_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{pack}", *sources, "-ldl"]
+    subprocess.run([*command, "-o", str(target)], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pack") / "kernels"
+    to_kernels(tiny_model().bfloat16(), folder, [90])
+    return folder
+
+
+def test_the_table_is_that_of_the_binaries(pack: Path) -> None:
+    manifest = read_manifest(pack)
+    assert manifest["kind"] == "kernels" and manifest["compute_capabilities"] == [90]
+    seen = 0
+    for function in manifest["functions"].values():
+        for kernel in function["kernels"]:
+            cubin, ptx = ((pack / name) for name in kernel["files"])
+            assert cubin.read_bytes()[:4] == b"\x7fELF"
+            text = ptx.read_text()
+            assert f".entry {kernel['symbol']}(" in text
+            assert int(re.findall(r"\.reqntid (\d+)", text)[0]) == kernel["threads"]
+            assert f"sm_{kernel['architecture']}" in re.findall(r"\.target (\w+)", text)[0]
+            entry = re.search(r"\.entry [^(]*\(([^)]*)\)", text)
+            assert entry is not None
+            parameters = re.findall(r"\.param \.(\w+)", entry[1])
+            sizes = [64 if argument["type"].startswith("*") else 32 for argument in kernel["arguments"]]
+            assert [int(kind[1:]) for kind in parameters[: len(sizes)]] == sizes
+            # What follows are Triton's scratch pointers, which no kernel of ours uses.
+            assert [int(kind[1:]) for kind in parameters[len(sizes) :]] == [64] * (len(parameters) - len(sizes))
+            seen += 1
+    assert seen >= 15
+    assert all(function["kernels"] or "note" in function for function in manifest["functions"].values())
+
+
+def _functions(config: MoMConfig) -> dict[str, Function]:
+    return {function.name: function for function in functions(config, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("rule", ["gated_delta", "linear"])
+def test_formulas_hold_at_sizes_that_were_not_recorded(rule: str) -> None:
+    for function in _functions(tiny_config(rule, head_dim=32)).values():
+        for units in ((11, 5), (77, 1), (3000, 40)):
+            units = (min(units[0], function.limit), units[1] if len(function.units) > 1 else 0)
+            table = [entry for entry in entries(function, 90) if entry.smallest <= units[0] <= entry.largest]
+            calls = record(function, 90, units)
+            assert [entry.variant.kernel for entry in table] == [call.kernel for call in calls]
+            for entry, call in zip(table, calls, strict=True):
+                assert tuple(axis(units) for axis in entry.grid) == (*call.grid, 1, 1)[:3]
+                given = [value for value in call.args if value is not None]
+                for argument, value in zip(entry.arguments, given, strict=True):
+                    if argument.shape is not None:
+                        assert [axis(units) for axis in argument.shape] == list(value.shape)
+                    else:
+                        number = argument.value
+                        assert (number(units) if isinstance(number, Linear) else number) == value
+
+
+def test_whole_numbers_are_not_specialised() -> None:
+    """Triton compiles a kernel anew for the value 1 and for multiples of 16, unless told not to; a pack cannot."""
+    for function in _functions(tiny_config(head_dim=16)).values():
+        for entry in entries(function, 90):
+            for parameter in entry.variant.kernel.params:
+                if entry.variant.signature.get(parameter.name) == "i32":
+                    assert parameter.do_not_specialize, f"{entry.name} {parameter.name}"
+
+
+def test_decode_takes_narrow_blocks_for_few_states() -> None:
+    function = _functions(tiny_config(head_dim=64))["decode_step_gated_delta"]
+    state = [entry for entry in entries(function, 90) if entry.name.endswith("decode_state")]
+    assert [entry.variant.constants["BV"] for entry in state] == [16, 64]
+    assert state[0].smallest == 1 and state[1].smallest == state[0].largest + 1
+    combine = [entry for entry in entries(function, 90) if entry.name.endswith("decode_combine")]
+    assert len(combine) == 1 and combine[0].largest == function.limit
+
+
+def test_formulas() -> None:
+    assert Linear(1, (64, 2))((3, 5)) == 203
+    assert Linear(0, (64, 0)).text(["chunks"]) == "64 * chunks" and Linear(7).text(["n"]) == 7
+    assert Linear(1, (1, 2)).text(["a", "b"]) == "a + 2 * b + 1"
+    assert Axis(3, 16, 1)((0, 17)) == 3 * cdiv(17, 16) and Axis(3).text(["n"]) == 3
+    assert Axis(1, 256).text(["tokens"]) == "ceil(tokens / 256)"
+
+
+def test_the_header_is_c_and_cpp(pack: Path, tmp_path: Path) -> None:
+    source = tmp_path / "table.c"
+    source.write_text('#define MOM_KERNELS_DEFINE\n#include "mom_kernels.h"\n')
+    flags = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{pack}", "-fsyntax-only"]
+    subprocess.run([_compiler(), "-x", "c", "-std=c99", *flags, str(source)], check=True)
+    subprocess.run([_compiler(), "-x", "c++", "-std=c++17", *flags, str(source)], check=True)
+
+
+def test_the_launcher_builds_and_says_what_is_missing(pack: Path, tmp_path: Path) -> None:
+    program = _build(pack, tmp_path / "check_pack")
+    if torch.cuda.is_available():
+        pytest.skip("says it without a GPU")
+    done = subprocess.run([str(program), str(pack), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "install the NVIDIA driver" in done.stderr or "is there a GPU?" in done.stderr
+
+
+def test_a_changed_file_is_noticed(pack: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(pack, copy)
+    with next(copy.rglob("*.cubin")).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="must have the hash in manifest.json"):
+        read_manifest(copy)
+
+
+def test_bad_input(pack: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"compute_capabilities must be some of 80, .*, got 75; leave out"):
+        to_kernels(model, tmp_path / "a", [90, 75])
+    with pytest.raises(ValueError, match="compute_capabilities must be some of .*, got none"):
+        to_kernels(model, tmp_path / "a", [])
+    with pytest.raises(ValueError, match="must have parameters of float32, bfloat16 or float16, got float64"):
+        to_kernels(tiny_model().double(), tmp_path / "a", [90])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="directory must be new, empty or an artifact"):
+        to_kernels(model, tmp_path / "b", [90])
+    with pytest.raises(ValueError, match="kind must be that of a graph, got 'kernels'"):
+        load(pack)
+    assert not (tmp_path / "a").exists()
+
+
+def test_sizes_without_a_safe_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mom_compile.ops import _ptx_lint
+
+    monkeypatch.setattr(_ptx_lint, "SHARED_MEMORY_KB", {86: 1})
+    with pytest.raises(ValueError, match=r"safe configuration of .* got for sm_86: .* shared memory, .*; leave 86 out"):
+        to_kernels(tiny_model().bfloat16(), tmp_path / "a", [86])
+    assert not (tmp_path / "a").exists()
+
+
+def model_for_gpu(**changes: object) -> MoMForCausalLM:
+    sizes = {"vocab_size": 257, "hidden_size": 256, "num_heads": 4, "head_dim": 64, "num_hidden_layers": 1}
+    return MoMForCausalLM(MoMConfig(**{**sizes, "num_memories": 4, "topk": 2, **changes})).bfloat16()  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="gated_delta-64"),
+        pytest.param({"head_dim": 256, "hidden_size": 1024}, id="gated_delta-256"),
+        pytest.param(
+            {"update_rule": "mamba2", "head_dim": 100, "expand_v": 0.6, "hidden_size": 240}, id="mamba2-100x60"
+        ),
+    ],
+)
+def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Path) -> None:
+    """Bit for bit. MOM_CHECK_PACK names a ``check_pack`` that was built elsewhere for this very pack's table."""
+    model = model_for_gpu(**changes)
+    major, minor = torch.cuda.get_device_capability()
+    architecture = major * 10 + minor
+    pack = tmp_path / "kernels"
+    to_kernels(model, pack, [architecture])
+    cases = []
+    for function in functions(model.config, torch.bfloat16):
+        sizes = [(1, 1), (3, 2), (9, 4)] if len(function.units) > 1 else [(1, 0), (3, 0), (40, 0)]
+        cases += [(function, units) for units in sizes if entries(function, architecture)]
+    cases = [
+        case for case in cases if any(e.smallest <= case[1][0] <= e.largest for e in entries(case[0], architecture))
+    ]
+    count = write_cases(tmp_path / "cases", cases, architecture)
+    program = os.environ.get("MOM_CHECK_PACK") or str(_build(pack, tmp_path / "check_pack"))
+    done = subprocess.run([program, str(pack), str(tmp_path / "cases")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(f"{count} cases, 0 buffers differ\n")
