@@ -39,6 +39,7 @@ class Options(NamedTuple):
         state: dtype of the recurrent state.
         peers: folder of adapters or None.
         slow_peers: also time those that tune themselves for minutes.
+        out: folder for decode.csv or None.
     """
 
     sizes: Sequence[str] = ("512m",)
@@ -47,6 +48,7 @@ class Options(NamedTuple):
     state: torch.dtype = torch.float32
     peers: Path | None = None
     slow_peers: bool = False
+    out: Path | None = None
 
 
 @torch.no_grad()
@@ -59,7 +61,7 @@ def bench_decode(options: Options, device: torch.device) -> Table:
     """
     bandwidth = copy_bandwidth(device)
     common = {"device": device_name(device), "versions": versions()}
-    table = Table(COLUMNS, common)
+    table = Table(COLUMNS, common, options.out and options.out / "decode.csv")
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     for name in options.sizes:
         ours = _ours(table, name, options, device, bandwidth)
@@ -141,11 +143,11 @@ def _peer(
     for batch in options.batches:
         for context in options.contexts:
             row = {"size": name, "model": peer.NAME, "batch": batch, "context": context}  # type: ignore[attr-defined]
+            free(device)  # what a context that did not fit had allocated is held until its error is gone
             try:
                 step, moved = decoder(batch, context)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 table.add(**row, note=f"does not fit: {error}" if isinstance(error, MemoryError) else "does not fit")
-                free(device)
                 continue
             value, floor = median_ms(step, device), moved / bandwidth * 1e3
             table.add(
@@ -154,7 +156,6 @@ def _peer(
                 note=getattr(peer, "NOTE", None),
             )  # fmt: skip
             del step
-            free(device)
 
 
 def state_kernel_ms(config: MoMConfig, batch: int, dtype: torch.dtype, device: torch.device) -> float:

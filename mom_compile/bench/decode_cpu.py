@@ -26,7 +26,13 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def bench_decode_cpu(
-    name: str, batches: Sequence[int], prompt: int, forms: Sequence[str], touched: bool, repeats: int = 30
+    name: str,
+    batches: Sequence[int],
+    prompt: int,
+    forms: Sequence[str],
+    touched: bool,
+    repeats: int = 30,
+    path: Path | None = None,
 ) -> Table:
     """Time float32 forms of one model against each other; only ratios of one run mean something on a shared CPU.
 
@@ -37,6 +43,7 @@ def bench_decode_cpu(
         forms: of ``FORMS``; ``times_first`` is each one's time over that of the first.
         touched: also compare whole-state and touched-state decoding of one layer with 8 memories.
         repeats: measurements a median is over.
+        path: CSV to write or None.
 
     Returns:
         The table; ``of_limit`` is the time to read weights and states once over the time taken.
@@ -44,7 +51,7 @@ def bench_decode_cpu(
     Raises:
         ImportError: a form needs a package that is missing.
     """
-    table = Table(COLUMNS, {"device": device_name(CPU), "versions": _versions(forms)})
+    table = Table(COLUMNS, {"device": device_name(CPU), "versions": _versions(forms)}, path)
     config = size(name)
     torch.manual_seed(0)
     model = MoMForCausalLM(config).eval()

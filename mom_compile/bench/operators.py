@@ -52,7 +52,9 @@ class Case(NamedTuple):
     flops: float = 0.0
 
 
-def bench_operators(name: str, rule: str, device: torch.device, repeats: int = 20, peers: Path | None = None) -> Table:
+def bench_operators(
+    name: str, rule: str, device: torch.device, repeats: int = 20, peers: Path | None = None, path: Path | None = None
+) -> Table:
     """Time the operators of one layer, then the gated delta rule beside the peers' that have it.
 
     "bytes" counts each input read once and each output written once, so ``of_copy`` is the share of the copy bandwidth
@@ -64,6 +66,7 @@ def bench_operators(name: str, rule: str, device: torch.device, repeats: int = 2
         device: where.
         repeats: measurements a median is over.
         peers: folder of adapters; None: none is timed.
+        path: CSV to write or None.
 
     Raises:
         ValueError: an unknown name.
@@ -71,7 +74,7 @@ def bench_operators(name: str, rule: str, device: torch.device, repeats: int = 2
     if name not in SHAPES:
         raise ValueError(f"size must be one of {', '.join(SHAPES)}, got {name!r}; choose one of them")
     shape = SHAPES[name]
-    table = Table(COLUMNS, {"device": device_name(device), "versions": versions()})
+    table = Table(COLUMNS, {"device": device_name(device), "versions": versions()}, path)
     bandwidth, ceiling = copy_bandwidth(device), matmul_ceiling(device, shape.dtype)
     table.add(size=name, operator="copy", gb_s=bandwidth / 1e9, of_copy=1.0)
     table.add(size=name, operator=f"matrix product, {shape.dtype}", tflop_s=ceiling / 1e12, of_matmul=1.0)

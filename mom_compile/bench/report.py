@@ -17,11 +17,13 @@ class Table:
     Args:
         columns: printed and written, with the width of each when printed; 0: only written.
         common: the same in every row, only written.
+        path: CSV that is written anew with every row, so that a run that is stopped leaves what it measured; or None.
     """
 
-    def __init__(self, columns: Mapping[str, int], common: Mapping[str, Any]) -> None:
+    def __init__(self, columns: Mapping[str, int], common: Mapping[str, Any], path: Path | None = None) -> None:
         self.columns = dict(columns)
         self.common = dict(common)
+        self.path = path
         self.rows: list[Row] = []
         print(", ".join(map(str, self.common.values())), flush=True)
         self._print({name: name for name in self.columns})
@@ -40,14 +42,15 @@ class Table:
         row = {name: rounded(value) for name, value in values.items() if value is not None}
         self.rows.append(row)
         self._print(row)
+        if self.path is not None:
+            self._write(self.path)
         return row
 
     def _print(self, row: Mapping[str, Any]) -> None:
         cells = [f"{row.get(name, '')!s:<{width}}" for name, width in self.columns.items() if width]
         print("  ".join(cells).rstrip(), flush=True)
 
-    def write(self, path: Path) -> None:
-        """Write the rows as CSV."""
+    def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*self.common, *self.columns])
@@ -84,6 +87,7 @@ def plot_lines(
     drawn: Iterable[tuple[str, Sequence[tuple[float, float]]]] = [(k, v) for k, v in lines.items() if v]
     if not drawn or importlib.util.find_spec("matplotlib") is None:
         return False
+    from .._extras import require
     from ..plots import import_pyplot
 
     pyplot = import_pyplot()
@@ -92,6 +96,9 @@ def plot_lines(
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(require("matplotlib.ticker", "train").LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")

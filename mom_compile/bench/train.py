@@ -49,6 +49,7 @@ class Options(NamedTuple):
         peers: folder of adapters or None.
         operators: also the gated delta rule beside the peers'.
         slow_peers: also time the peers' layer, which may tune itself for minutes.
+        out: folder for train.csv and train-operators.csv or None.
     """
 
     size: str = "512m"
@@ -59,6 +60,7 @@ class Options(NamedTuple):
     peers: Path | None = None
     operators: bool = True
     slow_peers: bool = False
+    out: Path | None = None
 
 
 class Ceilings(NamedTuple):
@@ -68,18 +70,19 @@ class Ceilings(NamedTuple):
     peak: float | None
 
 
-def bench_train(options: Options, device: torch.device) -> tuple[Table, Table | None]:
+def bench_train(options: Options, device: torch.device) -> Table:
     """Time forward + backward of the model and of one layer, and the rule's operator beside the peers'.
 
     bfloat16 parameters on a GPU, float32 on a CPU. MFU is the model's FLOP (``counts.forward_flops`` times three, no
     recomputation counted) over the data sheet's; ``of_matmul`` over the product measured in this run.
 
     Returns:
-        The table of steps, and that of operators or None.
+        The table of steps.
     """
     config = size(options.size)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    table = Table(COLUMNS, {"device": device_name(device), "versions": versions()})
+    common = {"device": device_name(device), "versions": versions()}
+    table = Table(COLUMNS, common, options.out and options.out / "train.csv")
     first = _model(table, options, config, device, dtype)
     _layer(table, options, config, device, dtype)
     for row in recorded(options.peers, device, what="forward + backward", size=options.size):
@@ -93,11 +96,11 @@ def bench_train(options: Options, device: torch.device) -> tuple[Table, Table | 
             note=f"recorded {row['date']}, {row['versions']}; {row['note']}",
         )  # fmt: skip
     if not options.operators:
-        return table, None
-    rules = Table(OPERATOR_COLUMNS, {"device": device_name(device), "versions": versions()})
+        return table
+    rules = Table(OPERATOR_COLUMNS, common, options.out and options.out / "train-operators.csv")
     length, shapes = (RULE_LENGTH, RULE_SHAPES) if device.type == "cuda" else (128, ((2, 32),))
     compare_rule(rules, options.peers, device, dtype, length, shapes, 20)
-    return table, rules
+    return table
 
 
 def _model(
@@ -123,6 +126,7 @@ def _model(
             loss.backward()
             model.zero_grad()
 
+        free(device)  # what a step that did not fit had allocated is held until its error is gone
         try:
             warm_up, since_start = _first(step, device)
             if ceilings is None:
@@ -134,7 +138,6 @@ def _model(
             ms, peak = _measure(step, device, repeats)
         except torch.OutOfMemoryError:
             model.zero_grad()
-            free(device)
             table.add(**row, note="out of memory")
             continue
         tokens = batch * length

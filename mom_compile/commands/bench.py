@@ -85,17 +85,17 @@ def _decode(args: argparse.Namespace) -> int:
             if form not in FORMS:
                 raise ValueError(f"forms must be of {', '.join(FORMS)}, got {form!r}; choose among them")
         for name in args.size or ["50m"]:
-            table = bench_decode_cpu(name, args.batch or [1], args.prompt, forms, not args.no_touched)
-            if args.out:
-                table.write(args.out / f"decode-cpu-{name}.csv")
+            path = args.out and args.out / f"decode-cpu-{name}.csv"
+            bench_decode_cpu(name, args.batch or [1], args.prompt, forms, not args.no_touched, path=path)
         return 0
     from ..bench.decode import Options, bench_decode, plot_decode
 
-    options = Options(state=getattr(torch, args.state), peers=peers_folder(args.peers), slow_peers=args.slow_peers)
+    options = Options(
+        state=getattr(torch, args.state), peers=peers_folder(args.peers), slow_peers=args.slow_peers, out=args.out
+    )
     given = {"sizes": args.size, "batches": args.batch, "contexts": args.context}
     table = bench_decode(options._replace(**{name: value for name, value in given.items() if value}), device)
     if args.out:
-        table.write(args.out / "decode.csv")
         plot_decode(table, args.out / "decode.png")
     return 0
 
@@ -119,13 +119,11 @@ def _train(args: argparse.Namespace) -> int:
         peers=peers_folder(args.peers),
         operators=not args.quick,
         slow_peers=args.slow_peers,
+        out=args.out,
     )
-    table, operators = bench_train(options, device)
+    table = bench_train(options, device)
     if args.out:
-        table.write(args.out / "train.csv")
         plot_train(table, args.out / "train.png")
-        if operators is not None:
-            operators.write(args.out / "train-operators.csv")
     return 0
 
 
@@ -146,7 +144,5 @@ def _operators(args: argparse.Namespace) -> int:
     device = _device(args.device)
     name = args.size or ("512m" if device.type == "cuda" else "small")
     peers = peers_folder(args.peers) if args.peer or args.peers else None
-    table = bench_operators(name, args.rule, device, args.repeats, peers)
-    if args.out:
-        table.write(args.out / "operators.csv")
+    bench_operators(name, args.rule, device, args.repeats, peers, args.out and args.out / "operators.csv")
     return 0
