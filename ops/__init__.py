@@ -15,6 +15,7 @@ from .decode_step import decode_step, decode_step_
 from .dispatch import DispatchPlan, dispatch
 from .gated_rms_norm import gated_rms_norm
 from .grouped_linear import grouped_linear
+from .linear_cross_entropy import linear_cross_entropy
 from .memory_rule import (
     RULES,
     chunk_delta_rule,
@@ -57,6 +58,7 @@ __all__ = [
     "gated_rms_norm",
     "grouped_linear",
     "l2_norm",
+    "linear_cross_entropy",
     "permute",
     "recurrent_delta_rule",
     "recurrent_delta_rule_",

@@ -100,6 +100,10 @@ def _samples() -> dict[str, Sample]:
         "gated_rms_norm_bwd": lambda: (*(torch.randn(3, 4) for _ in range(3)), torch.rand(4), 1e-6),
         "grouped_linear": lambda: (_rows(plan, 5), torch.randn(4, 6, 5, requires_grad=True), plan.group_offset),
         "grouped_linear_dweight": lambda: (_rows(plan, 6).detach(), _rows(plan, 5).detach(), plan.group_offset),
+        "linear_cross_entropy": lambda: (
+            torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True),
+            torch.tensor([0, 5, -100, 2, 1]), -100, True,
+        ),
         "chunk_rule_bwd": _chunk_bwd,
         "decode_linear": lambda: (
             torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), None, torch.randn(3, 6), "rms_norm", 1e-6,
