@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .ops import decode_linear, decode_linear_, decode_step_
 from .projections import small_weights, split_small
@@ -22,15 +21,13 @@ WARM_UP_STEPS = 2
 
 
 class _Layer(NamedTuple):
-    """A block's weights as its decode step reads them."""
+    """A block's weights as its decode step reads them; those behind a norm are multiplied by its weight."""
 
     attention: MoMAttention
-    attn_norm: Tensor
     wide: Tensor  # q, keys and values of every memory, output gate
     small: Tensor  # router, beta, decay: float32
     o_norm: Tensor
     o_proj: Tensor
-    mlp_norm: Tensor
     gate_up: Tensor
     down: Tensor
 
@@ -172,19 +169,17 @@ class DecodeSession:
 
     def _run(self) -> Tensor:
         eps = self.config.norm_eps
-        x = F.embedding(self._ids, self._embedding)
+        x = self._embedding[self._ids]  # faster for few rows than an embedding on a GPU
         for layer, state in zip(self._layers, self._state, strict=True):
             _block(layer, state, x, eps)
-        return decode_linear(x, self._head, input="rms_norm", norm_weight=self._norm, eps=eps)[0]
+        return decode_linear(x, self._head, norm_weight=self._norm, norm=True, eps=eps)[0]
 
 
 def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> None:
     """One block's step on x ``[B, D]`` and the state, both in place."""
     attention, config = layer.attention, layer.attention.config
     batch, groups = x.shape[0], attention.kv_proj.shape[0]
-    wide, small = decode_linear(
-        x, layer.wide, input="rms_norm", norm_weight=layer.attn_norm, small_weight=layer.small, eps=eps
-    )
+    wide, small = decode_linear(x, layer.wide, small_weight=layer.small, norm=True, eps=eps)
     key_size, value_size = attention.key_size, attention.value_size
     kv_size = groups * (key_size + value_size)
     assert small is not None
@@ -204,13 +199,13 @@ def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> None:
         topk=config.topk,
         shared=config.shared_mem,
         scale=attention.scale,
+        norm_weight=layer.o_norm,
+        gate=wide[:, key_size + kv_size :].unsqueeze(1) if config.use_output_gate else None,
+        eps=eps,
     )
-    gate = wide[:, key_size + kv_size :] if config.use_output_gate else None
-    decode_linear_(
-        x, o.view(batch, value_size), layer.o_proj, input="gated_rms_norm", norm_weight=layer.o_norm, gate=gate, eps=eps
-    )
-    hidden, _ = decode_linear(x, layer.gate_up, input="rms_norm", norm_weight=layer.mlp_norm, eps=eps)
-    decode_linear_(x, hidden, layer.down, input="swiglu")
+    decode_linear_(x, o.view(batch, value_size), layer.o_proj)
+    hidden, _ = decode_linear(x, layer.gate_up, norm=True, swiglu=True, eps=eps)
+    decode_linear_(x, hidden, layer.down)
 
 
 def _gather(block: Any) -> _Layer:
@@ -219,17 +214,22 @@ def _gather(block: Any) -> _Layer:
     if attention.config.use_output_gate:
         wide.append(attention.g_proj.weight)
     dtype = torch.promote_types(attention.q_proj.weight.dtype, torch.float32)
+    norm = block.attn_norm.weight.to(dtype)
     return _Layer(
         attention,
-        block.attn_norm.weight.detach(),
-        torch.cat(wide).detach(),
-        torch.cat([weight.to(dtype) for weight in small_weights(attention)]).detach(),
+        _behind(wide, norm),
+        (torch.cat([weight.to(dtype) for weight in small_weights(attention)]) * norm).detach(),
         attention.o_norm.weight.detach(),
         attention.o_proj.weight.detach(),
-        block.mlp_norm.weight.detach(),
-        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
+        _behind([mlp.gate_proj.weight, mlp.up_proj.weight], block.mlp_norm.weight),
         mlp.down_proj.weight.detach(),
     )
+
+
+def _behind(weights: list[Tensor], norm: Tensor) -> Tensor:
+    """The weights one over the other, their columns multiplied by the weight of the norm before them."""
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+    return torch.cat([(weight.to(dtype) * norm.to(dtype)).to(weight.dtype) for weight in weights]).detach()
 
 
 def _fingerprint(model: MoMForCausalLM) -> tuple[tuple[int, int], ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Config:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    overlap: bool = False
+    """The kernel waits for the one before it by itself (its constant ``PDL``), and may be launched before that ends."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> None:
@@ -39,9 +42,20 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> No
     if 0 in grid:
         return
     device = next(x.device for x in args if isinstance(x, Tensor))
+    settings = options(config.num_warps, config.num_stages)
+    constants = config.constants
+    if config.overlap:
+        settings["launch_pdl"] = _overlaps(device)
+        constants = {**constants, "PDL": settings["launch_pdl"]}
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **config.constants, **options(config.num_warps, config.num_stages))
+        kernel[grid](*args, **constants, **settings)
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launch (CUDA C++ Programming Guide): Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def options(num_warps: int, num_stages: int) -> dict[str, Any]:
@@ -60,6 +74,8 @@ def variant(
     signature = {name: kind for name, kind in arguments.items() if kind is not None}
     absent = {name: None for name, kind in arguments.items() if kind is None}
     constants = {**absent, **config.constants}
+    if config.overlap:
+        constants["PDL"] = False
     return KernelVariant(label, kernel, signature, constants, config.num_warps, config.num_stages, quick=quick)
 
 
