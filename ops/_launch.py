@@ -33,8 +33,9 @@ class Config:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
-    overlap: bool = False
-    """The kernel waits for the one before it by itself (its constant ``PDL``), and may be launched before that ends."""
+    overlap: bool | None = None
+    """None: the kernel knows nothing of it. True: it waits for the kernel before it by itself (its constant ``PDL``),
+    and may be launched before that ends (programmatic dependent launch)."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> None:
@@ -44,9 +45,9 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> No
     device = next(x.device for x in args if isinstance(x, Tensor))
     settings = options(config.num_warps, config.num_stages)
     constants = config.constants
-    if config.overlap:
-        settings["launch_pdl"] = _overlaps(device)
-        constants = {**constants, "PDL": settings["launch_pdl"]}
+    if config.overlap is not None:
+        overlap = config.overlap and _overlaps(device)
+        settings["launch_pdl"], constants = overlap, {**constants, "PDL": overlap}
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **constants, **settings)
@@ -74,7 +75,7 @@ def variant(
     signature = {name: kind for name, kind in arguments.items() if kind is not None}
     absent = {name: None for name, kind in arguments.items() if kind is None}
     constants = {**absent, **config.constants}
-    if config.overlap:
+    if config.overlap is not None:
         constants["PDL"] = False
     return KernelVariant(label, kernel, signature, constants, config.num_warps, config.num_stages, quick=quick)
 

@@ -48,17 +48,6 @@ def _dot(a, b, total):
     return tl.dot(a, b, total)
 
 
-@helper
-def _prefetch(first, BYTES: tl.constexpr):
-    """Ask for BYTES from the pointer ``first`` on to be brought into the second-level cache."""
-    LINE: tl.constexpr = 128
-    LINES: tl.constexpr = BYTES // LINE
-    address = first.to(tl.int64) + tl.arange(0, LINES) * LINE
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=["eps"])
 def decode_row_kernel(
     x, weight, norm_weight, small_weight, y, small, eps,
@@ -104,7 +93,6 @@ def decode_tile_kernel(
     x, weight, norm_weight, small_weight, y, small, rows, eps,
     F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
     BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
-    BYTES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows (at most BR) and a block of outputs on tensor cores, or one row and a block of the small product.
 
@@ -117,14 +105,6 @@ def decode_tile_kernel(
     # The programs of the small product start first: they would be a tail.
     block = pid - rows * PARTS
     if block >= 0:
-        if PDL:
-            if BYTES > 0:
-                # The last block may be a part: it asks for the BO rows that end with the last one.
-                first = tl.minimum(block * BO, OUT - BO).to(tl.int64)
-                _prefetch(weight + first * F, BYTES)
-                if SWIGLU:
-                    _prefetch(weight + (OUT + first) * F, BYTES)
-            after_previous()
         row, output = tl.arange(0, BR), block * BO + tl.arange(0, BO)
         total = tl.zeros([BR, BO], tl.float32)
         right = tl.zeros([BR, BO], tl.float32)
@@ -155,35 +135,31 @@ def decode_tile_kernel(
     else:
         if P > 0:
             own = (pid // PARTS).to(tl.int64)
-            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, PDL)
+            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, False)
 
 
 @triton.jit(do_not_specialize=["eps"])
 def decode_prepare_kernel(
     x, norm_weight, small_weight, result, small, eps,
-    F: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr,
+    F: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """f(x) of one row, or a block of its small product."""
     PROGRAMS: tl.constexpr = 1 + (P + BP - 1) // BP
     pid = tl.program_id(0)
     row = (pid // PROGRAMS).to(tl.int64)
     if pid % PROGRAMS == 0:
-        if PDL:
-            after_previous()
         feature = tl.arange(0, BF)
         value = _whole_row(x, norm_weight, row, eps, F, BF, NORM)
         tl.store(result + row * F + feature, value.to(result.dtype.element_ty), mask=feature < F)
     else:
         if P > 0:
-            _small_product(x, norm_weight, small_weight, small, row, pid % PROGRAMS - 1, eps, F, P, NORM, BF, BP, PDL)
+            _small_product(x, norm_weight, small_weight, small, row, pid % PROGRAMS - 1, eps, F, P, NORM, BF, BP, False)
 
 
 @triton.jit(do_not_specialize=["total"])
-def decode_swiglu_kernel(x, y, total, OUT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def decode_swiglu_kernel(x, y, total, OUT: tl.constexpr, BLOCK: tl.constexpr):
     """``y`` ``[N, OUT]`` from ``x`` ``[N, 2 OUT]``: the product of its halves, the left one through SiLU."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
-        after_previous()
     source = x + index // OUT * (2 * OUT) + index % OUT
     left = tl.load(source, mask=index < total, other=0.0).to(tl.float32)
     right = tl.load(source + OUT, mask=index < total, other=0.0).to(tl.float32)

@@ -15,15 +15,21 @@ from .kernels import decode_prepare_kernel, decode_row_kernel, decode_swiglu_ker
 
 MOST_ROWS = 4
 """Up to it a program takes one row and whole rows of the weight."""
-MOST_TILE_ROWS = 32
+MOST_TILE_ROWS = 16
 """Up to it a program takes all rows; above it the matrix product of torch takes over."""
 MOST_FEATURES = 16384
 PROGRAMS = 256
 """What a launch should at least have to keep the multiprocessors of a large GPU busy."""
-TILE_PROGRAMS = 120
+TILE_PROGRAMS = 60
 """The same for the tile kernel, whose programs have more in flight."""
-PREFETCHED = 2**23
-"""Bytes of weights that are brought into the cache while the kernel before runs; more would hinder that one."""
+MEASURED = {
+    (1024, 12288, False): (64, 128, 3),
+    (1024, 1024, False): (8, 128, 6),
+    (1024, 2048, True): (32, 128, 4),
+    (2048, 1024, False): (16, 256, 4),
+    (1024, 32000, False): (64, 256, 3),
+}
+"""(F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6."""
 SWIGLU_BLOCK = 1024
 
 
@@ -45,20 +51,16 @@ def _row_config(
     return Config(constants, num_warps=warps, overlap=True)
 
 
-def _tile_config(rows: int, features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
+def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
     constants = _constants(features, small, norm)
     block = 64
-    while block > 8 and cdiv(outputs, block // (1 + swiglu)) < TILE_PROGRAMS:
+    while block > 8 and cdiv(outputs, block) < TILE_PROGRAMS:
         block //= 2
-    block = max(block // (1 + swiglu), 8)
-    depth = min(next_power_of_2(max(features, 16)), 8192 // (block * (1 + swiglu)), 256)
-    size = block * features * 2
-    # A block of whole lines, as many as a power of two, or none.
-    lines = outputs >= block and size % 128 == 0 and size & (size - 1) == 0
-    constants |= {"BYTES": size if lines and outputs * (1 + swiglu) * features * 2 <= PREFETCHED else 0}
-    constants |= {"BR": 16 if rows <= 16 else 32, "BO": block, "BK": depth, "STAGES": 4}
+    depth, stages = min(next_power_of_2(max(features, 16)), 8192 // (block * (1 + swiglu)), 256), 4
+    block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, stages))
+    constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages}
     constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
-    return Config(constants, num_warps=4, overlap=True)
+    return Config(constants, num_warps=4)
 
 
 def decode_linear(
@@ -91,12 +93,12 @@ def decode_linear(
     tiles = rows <= MOST_TILE_ROWS and x.dtype == torch.bfloat16
     if norm_weight is not None or not tiles and (norm or small_weight is not None):
         value = x.new_empty(rows, features)
-        config = Config(_constants(features, small_outputs, norm), overlap=True)
+        config = Config(_constants(features, small_outputs, norm))
         programs = rows * (1 + cdiv(small_outputs, config.constants["BP"]))
         launch(decode_prepare_kernel, (programs,), config, x, norm_weight, small_weight, value, small, eps)
         x, norm, small_weight, small_outputs = value, False, None, 0
     if tiles:
-        config = _tile_config(rows, features, outputs, small_outputs, norm, swiglu, add)
+        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + rows * cdiv(small_outputs, config.constants["BP"])
         launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
@@ -110,7 +112,7 @@ def decode_linear(
 
 
 def _swiglu_config(outputs: int) -> Config:
-    return Config({"OUT": outputs, "BLOCK": SWIGLU_BLOCK}, overlap=True)
+    return Config({"OUT": outputs, "BLOCK": SWIGLU_BLOCK})
 
 
 def _arguments(kernel: Any, dtype: torch.dtype, norm: bool, small: bool) -> dict[str, str | None]:
@@ -146,11 +148,10 @@ def variants() -> Iterator[KernelVariant]:
                 yield variant(label, decode_row_kernel, arguments, config, quick)
                 if dtype == torch.bfloat16:
                     arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
-                    for rows in (16, 32):
-                        config = _tile_config(rows, width, outputs, small, norm and not weight, swiglu, add)
-                        yield variant(f"{label} {rows} rows", decode_tile_kernel, arguments, config, quick)
+                    config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
+                    yield variant(label, decode_tile_kernel, arguments, config, quick)
                 if norm:
-                    config = Config(_constants(width, small, norm), overlap=True)
+                    config = Config(_constants(width, small, norm))
                     arguments = _arguments(decode_prepare_kernel, dtype, weight, small > 0)
                     yield variant(label, decode_prepare_kernel, arguments, config, quick and small > 0)
             arguments = _arguments(decode_swiglu_kernel, dtype, False, False)
