@@ -62,8 +62,8 @@ def decode_step(
             _write(conv_state, row, pick, use, window[..., 1:].to(before.dtype))
         x = F.silu(x)
         qt, kt, v = x.split([key_size, key_size, value_heads * value_dim], 2)
-        qt, kt = (_unit(part.unflatten(2, (heads, key_dim)), value_heads // heads) for part in (qt, kt))
-        v = v.unflatten(2, (value_heads, value_dim))
+        qt, kt = (_unit(torch.unflatten(part, 2, (heads, key_dim)), value_heads // heads) for part in (qt, kt))
+        v = torch.unflatten(v, 2, (value_heads, value_dim))
         if a is not None and A_log is not None and dt_bias is not None:
             dt = F.softplus(a[row, t, gate_row].to(dtype) + dt_bias.to(dtype))
             decay = torch.exp(-A_log.to(dtype).exp() * dt)
