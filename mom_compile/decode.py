@@ -127,7 +127,7 @@ class DecodeSession:
             if self.compiled:
                 # Every tensor it reads is the session's own: no guard could ever fail, and checking them takes longer
                 # than a small model's step.
-                options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+                options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
                 self._step = torch.compile(self._run, fullgraph=True, dynamic=False, options=options)
             self._graph: torch.cuda.CUDAGraph | None = None
             if device.type == "cuda" if graph is None else graph:
