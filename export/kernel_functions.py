@@ -103,26 +103,34 @@ def _decode_step(config: MoMConfig, dtype: torch.dtype, rule: str, units: Units,
         config.topk,
         config.shared_mem,
         config.head_dim**-0.5,
+        new(config.value_dim),
+        new(batch, 1, config.value_heads, config.value_dim) if config.use_output_gate else None,
+        config.norm_eps,
     )
 
 
 def _products(config: MoMConfig, rule: str) -> dict[str, tuple[Any, ...]]:
-    """Per linear layer of a decode step: input form, features, outputs, outputs in float32, added in place."""
+    """Per linear layer of a decode step: norm (2: with its weight apart), SwiGLU, features, outputs,
+    outputs in float32, added in place.
+
+    The weights behind another norm are expected to have its weight multiplied into their columns.
+    """
     keys, values, width = config.num_heads * config.head_dim, config.value_heads * config.value_dim, config.hidden_size
     gate = values if config.use_output_gate else 0
     return {
-        "input": ("rms_norm", width, keys + _groups(config) * (keys + values) + gate, _small_outputs(config, rule), 0),
-        "output": ("gated_rms_norm", values, width, 0, 1),
-        "mlp_in": ("rms_norm", width, 2 * config.mlp_size, 0, 0),
-        "mlp_out": ("swiglu", config.mlp_size, width, 0, 1),
-        "head": ("rms_norm", width, config.vocab_size, 0, 0),
+        "input": (1, 0, width, keys + _groups(config) * (keys + values) + gate, _small_outputs(config, rule), 0),
+        "output": (0, 0, values, width, 0, 1),
+        "mlp_in": (1, 1, width, config.mlp_size, 0, 0),
+        "mlp_out": (0, 0, config.mlp_size, width, 0, 1),
+        "head": (2, 0, width, config.vocab_size, 0, 0),
     }
 
 
 def _decode_linear(
     config: MoMConfig,
     dtype: torch.dtype,
-    input: str,
+    norm: int,
+    swiglu: int,
     features: int,
     outputs: int,
     small: int,
@@ -131,15 +139,13 @@ def _decode_linear(
     device: torch.device,
 ) -> Any:
     batch, new = units[0], _Inputs(dtype, device)
-    gated = input == "gated_rms_norm"
-    norm = config.value_dim if gated else features
     return decode_linear.decode_linear(
-        new(batch, features * (2 if input == "swiglu" else 1)),
-        new(outputs, features),
-        None if input == "swiglu" else new(norm),
-        new(batch, features) if gated and config.use_output_gate else None,
+        new(batch, features),
+        new(outputs * (1 + swiglu), features),
+        new(features) if norm == 2 else None,
         new.wide(small, features) if small else None,
-        input,
+        bool(norm),
+        bool(swiglu),
         config.norm_eps,
         new(batch, outputs) if added else None,
     )

@@ -64,6 +64,7 @@ def _decode_step() -> tuple[Any, ...]:
         torch.randn(2, 3, 4), torch.randn(2, 3, 4, 10), torch.randn(2, 3, 3), None, None, torch.randn(2, 3, 4, 2),
         torch.randn(2, 3, 4, 2), torch.rand(2), torch.randn(2), torch.randn(14, 4), torch.randn(2, 4, 2, 4, 3),
         torch.randn(2, 4, 14, 3), torch.rand(2, 3) > 0.5, "gated_delta", 2, True, 0.5,
+        torch.rand(3), torch.randn(2, 3, 6), 1e-6,
     )  # fmt: skip
 
 
@@ -106,12 +107,9 @@ def _samples() -> dict[str, Sample]:
         ),
         "chunk_rule_bwd": _chunk_bwd,
         "decode_linear": lambda: (
-            torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), None, torch.randn(3, 6), "rms_norm", 1e-6,
+            torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), torch.randn(3, 6), True, False, 1e-6,
         ),
-        "decode_linear_": lambda: (
-            torch.randn(2, 5), torch.randn(2, 6), torch.randn(5, 6), torch.rand(3), torch.randn(2, 6),
-            "gated_rms_norm", 1e-6,
-        ),
+        "decode_linear_": lambda: (torch.randn(2, 5), torch.randn(2, 6), torch.randn(5, 6)),
         "decode_step": _decode_step,
         "decode_step_": _decode_step,
     }  # fmt: skip
