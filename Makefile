@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install demo test test-interpret test-slow test-gpu check lint types kernels kernels-sm90 lint-ptx bench clean
+.PHONY: help install demo test test-interpret test-tensorrt test-matrix engines test-slow test-gpu check lint types kernels kernels-sm90 lint-ptx bench clean
 
 help:
 	@echo "make demo   train a small model, export it to ONNX, verify it, generate from the exported graph"
@@ -30,15 +30,35 @@ PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --dist loadfile
 
 test: $(STAMP)
-	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels"
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels and not tensorrt"
 	$(MAKE) test-interpret
 
 # The operators' own tests once more, through the Triton kernels, interpreted on the CPU.
 test-interpret: $(STAMP)
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels" $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels and not tensorrt" $(INTERPRETED)
 
 INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py \
-	tests/test_decode_step.py tests/test_decode_linear.py
+	tests/test_decode_step.py tests/test_decode_linear.py tests/test_linear_cross_entropy.py
+
+# TensorRT for RTX (95 MB) and engines built with no GPU; `make engines`: of the demonstration's model.
+TENSORRT := $(VENV)/.tensorrt
+
+$(TENSORRT): $(STAMP)
+	$(INSTALL) -e '.[tensorrt-rtx]'
+	@touch $@
+
+test-tensorrt: $(TENSORRT)
+	$(PYTEST) -n auto --dist loadgroup -m tensorrt
+
+engines: $(TENSORRT)
+	test -d runs/demo || $(MAKE) demo
+	for precision in float32 float16; do \
+		$(BIN)/mom-compile export runs/demo runs/demo-tensorrt-$$precision --to tensorrt --precision $$precision || exit 1; \
+	done
+
+# Every combination of the layer's settings through the export targets; goes on where it was interrupted.
+test-matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/export_matrix.py --jobs 2
 
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m slow
@@ -77,7 +97,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/operators.py
+	$(BIN)/mom-compile bench operators $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -25,7 +25,7 @@ from .writing import package_versions, schemas_sha256
 ARCHITECTURES = (80, 86, 87, 89, 90, 120)
 """Compute capabilities times ten that a pack holds by default."""
 HEADER = "mom_kernels.h"
-NATIVE = ("mom_launch.h", "mom_launch.cpp", "mom_plugin.cpp")
+SOURCES = ("mom_launch.h", "mom_launch.cpp", "mom_plugin.cpp")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i32": 4, "i64": 8, "u8": 1}
 _KINDS = {"i32": "MOM_INT32", "fp32": "MOM_FLOAT32"}
@@ -34,7 +34,7 @@ _KINDS = {"i32": "MOM_INT32", "fp32": "MOM_FLOAT32"}
 def to_kernels(
     model: MoMForCausalLM,
     directory: str | os.PathLike[str],
-    architectures: Sequence[int] = ARCHITECTURES,
+    compute_capabilities: Sequence[int] = ARCHITECTURES,
 ) -> dict[str, Any]:
     """Write the kernels of a model for applications without Python.
 
@@ -47,7 +47,7 @@ def to_kernels(
     Args:
         model: its sizes, rules and dtype (float32, bfloat16 or float16) are compiled in; its weights are not written.
         directory: a new folder, or an artifact to replace.
-        architectures: compute capabilities times ten.
+        compute_capabilities: compute capabilities times ten.
 
     Returns:
         The manifest's entries.
@@ -57,23 +57,23 @@ def to_kernels(
             on it, a folder that holds something else.
     """
     folder, dtype = Path(directory), model.lm_head.weight.dtype
-    _check(folder, architectures, dtype)
+    _check(folder, compute_capabilities, dtype)
     listed = list(functions(model.config, dtype))
     with atomic_directory(folder, keep=False) as staging:
         kernels: list[tuple[Entry, Binary, str]] = []
-        for architecture in dict.fromkeys(architectures):
+        for architecture in dict.fromkeys(compute_capabilities):
             for function in listed:
                 kernels += _compile(staging, function, architecture)
         (staging / HEADER).write_text(header(kernels), encoding="utf-8")
-        for name in NATIVE:
-            source = resources.files(__package__ or "").joinpath("native", name)
+        for name in SOURCES:
+            source = resources.files(__package__ or "").joinpath("cpp", name)
             (staging / name).write_bytes(source.read_bytes())
         manifest = {
             "kind": "kernels",
             "target": "kernels",
             "config": model.config.to_dict(),
             "dtype": str(dtype).removeprefix("torch."),
-            "architectures": list(dict.fromkeys(architectures)),
+            "compute_capabilities": list(dict.fromkeys(compute_capabilities)),
             "functions": {function.name: _describe(function, kernels) for function in listed},
             "schemas_sha256": schemas_sha256(),
             "versions": {**package_versions("mom-compile", "torch", "triton"), "python": platform.python_version()},
@@ -82,12 +82,12 @@ def to_kernels(
     return manifest
 
 
-def _check(folder: Path, architectures: Sequence[int], dtype: torch.dtype) -> None:
+def _check(folder: Path, compute_capabilities: Sequence[int], dtype: torch.dtype) -> None:
     known = ", ".join(str(architecture) for architecture in SHARED_MEMORY_KB)
-    unknown = [architecture for architecture in architectures if architecture not in SHARED_MEMORY_KB]
-    if unknown or not architectures:
+    unknown = [architecture for architecture in compute_capabilities if architecture not in SHARED_MEMORY_KB]
+    if unknown or not compute_capabilities:
         raise ValueError(
-            f"architectures must be some of {known} (compute capability times ten), got "
+            f"compute_capabilities must be some of {known} (compute capability times ten), got "
             f"{', '.join(map(str, unknown)) or 'none'}; leave out what the kernels are not configured for"
         )
     if dtype not in _DTYPES:
@@ -104,7 +104,7 @@ def _compile(folder: Path, function: Function, architecture: int) -> Iterator[tu
         binary = compile_variant(entry.variant, architecture)
         if binary.hazards:
             raise ValueError(
-                f"architectures must have a safe configuration of {entry.name} for these head sizes, got for "
+                f"compute_capabilities must have a safe configuration of {entry.name} for these head sizes, got for "
                 f"sm_{architecture}: {'; '.join(binary.hazards)}; leave {architecture} out, or use another dtype"
             )
         stem = f"sm{architecture}/{entry.name}.{entry.smallest}"

@@ -6,7 +6,8 @@ The portable form of the layer holds three of them: ``mom::route``, ``mom::gated
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch._higher_order_ops.scan import scan_op
 from torch.nn import functional as F
 
 from ..ops import CHUNK, RULES
+from ..ops._launch import Launch, instead_of_launches
+from ..ops._library import TRITON_IMPLEMENTATIONS
 from ..ops.memory_rule import Rule
 
 Lowering = Callable[..., Any]
@@ -36,8 +39,22 @@ def _route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return torch.softmax(values, -1), indices
 
 
+def _route_by_sort(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    # torch.topk promises no order among equals; a stable sort keeps the lowest index first.
+    values, indices = torch.sort(logits, stable=True, dim=-1, descending=True)
+    return torch.softmax(values[..., :topk], -1), indices[..., :topk]
+
+
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight * F.silu(gate)
+    dtype, x, gate = x.dtype, x.float(), gate.float()
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float() * F.silu(gate)).to(dtype)
+
+
+def _conv1d(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+    # ONNX has no bfloat16 Conv before opset 22.
+    if x.dtype == torch.bfloat16:
+        return torch.conv1d(x.float(), weight.float(), *rest, **options).to(x.dtype)
+    return torch.conv1d(x, weight, *rest, **options)
 
 
 def linear_attention(
@@ -64,16 +81,35 @@ def linear_attention(
     return o.unflatten(2, (heads, value_dim)), final_state
 
 
+def causal_conv(x: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+    """A depthwise convolution over ``[B, C, W-1 + T]`` as one com.microsoft::CausalConvWithState node (version 1).
+
+    Its own new state is left unused: where tokens of a memory end is known to the layer alone.
+    """
+    width = weight.shape[2]
+    past, new = x[:, :, : width - 1], x[:, :, width - 1 :]
+    y, _ = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::CausalConvWithState",
+        (new, weight, None, past),
+        {"activation": "none"},
+        dtypes=(torch.float32, torch.float32),
+        shapes=(new.shape, past.shape),
+        version=1,
+    )
+    return y
+
+
 def one_token(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The rule for T = 1 in plain operators."""
-    q, k, v = q[:, 0].unsqueeze(2), k[:, 0].unsqueeze(2), v[:, 0].unsqueeze(2)  # [B, h, 1, d]
+    """The rule for T = 1 in plain operators, in the dtype of the state: reading it takes longer than the sums."""
+    dtype = q.dtype
+    q, k, v = (x.transpose(1, 2).to(state.dtype) for x in (q, k, v))  # [B, h, 1, d]
     if g is not None:
-        state = state * g[:, 0, :, None, None].exp()
-    update = v if beta is None else beta[:, 0, :, None, None] * (v - k @ state)
+        state = state * g.transpose(1, 2).unsqueeze(-1).exp()
+    update = v if beta is None else beta.transpose(1, 2).unsqueeze(-1) * (v - k @ state)
     state = state + k.transpose(2, 3) @ update
-    return ((q * scale) @ state).transpose(1, 2), state
+    return ((q * scale) @ state).transpose(1, 2).to(dtype), state
 
 
 def chunked(
@@ -83,8 +119,10 @@ def chunked(
 
     The decay between two tokens is summed from the tokens between them (a product of two triangular matrices), never as
     a difference of cumulative sums: after a strong decay that difference has lost the small terms.
+
+    Below float32 the products are in the dtype of q, k and v; decay, inverse and the carried state stay float32.
     """
-    length = q.shape[1]
+    length, dtype = q.shape[1], q.dtype
     padding = (CHUNK - length % CHUNK) % CHUNK
 
     def chunks(x: Tensor) -> Tensor:
@@ -92,9 +130,9 @@ def chunked(
         return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
     q, k, v = chunks(q * scale), chunks(k), chunks(v)
-    ones = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device)
+    ones = torch.ones(CHUNK, CHUNK, dtype=state.dtype, device=q.device)
     lower, strict = ones.tril(), ones.tril(-1)
-    scores = (q @ k.transpose(2, 3)) * lower
+    scores = (q @ k.transpose(2, 3)) * lower.to(dtype)
     k_end, q_start, k_start, total = k, q, k, None
     decay = None
     if g is not None:
@@ -102,31 +140,83 @@ def chunked(
         between = (lower * steps.transpose(2, 3)) @ strict  # sum of g over (j, i]
         decay = between.exp() * lower
         from_start = (lower @ steps).exp()
-        to_end = between[..., -1:, :].transpose(2, 3).exp()
+        to_end = between[..., -1:, :].transpose(2, 3).exp().to(dtype)
         total = from_start[..., -1:, :]
-        scores, k_end, q_start, k_start = scores * decay, k * to_end, q * from_start, k * from_start
+        scores, k_end = scores * decay.to(dtype), k * to_end
+        q_start, k_start = q * from_start.to(dtype), k * from_start.to(dtype)
     if beta is None:
         xs = [q_start, scores, k_end, v]
     else:
         strength = chunks(beta.unsqueeze(-1))
-        gram = (k @ k.transpose(2, 3)) * strength * strict
-        inverse = _block_inverse(gram if decay is None else gram * decay)
+        gram = (k @ k.transpose(2, 3)).to(state.dtype) * strength * strict
+        inverse = _block_inverse(gram if decay is None else gram * decay).to(dtype)
+        strength = strength.to(dtype)
         xs = [q_start, scores, k_end, v * strength, k_start * strength, inverse]
     if total is not None:
         xs.append(total)
 
     def body(carry: Tensor, *rest: Tensor) -> list[Tensor]:
         q_start, scores, k_end, v_new = rest[:4]
+        before = carry.to(dtype)
         if beta is not None:
-            v_new = torch.bmm(rest[5], v_new - torch.bmm(rest[4], carry))
-        o = torch.bmm(q_start, carry) + torch.bmm(scores, v_new)
+            v_new = torch.bmm(rest[5], v_new - torch.bmm(rest[4], before))
+        o = torch.bmm(q_start, before) + torch.bmm(scores, v_new)
         decayed = carry if total is None else carry * rest[-1]
-        return [decayed + torch.bmm(k_end.transpose(1, 2), v_new), o]
+        return [decayed + torch.bmm(k_end.transpose(1, 2), v_new).to(carry.dtype), o]
 
     # The operator itself: torch's scan() would run Dynamo, which has no ranges for these sizes.
     # Three axes and bmm in its body: a matmul of four would capture the batch size, which the converter refuses.
     batch, heads = state.shape[:2]
     state, o = scan_op(body, [state.flatten(0, 1)], xs, additional_inputs=())
+    o = o.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    return o, state.unflatten(0, (batch, heads))
+
+
+def looped(
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The rule for any T in plain operators, as :func:`chunked` with all of a chunk's work inside the scan.
+
+    What is outside has sizes in which the length is divided and rounded, over which Inductor's code generator takes
+    minutes. The triangular system is solved by substitution.
+    """
+    batch, length, heads, value_dim = v.shape
+    count = (length + CHUNK - 1) // CHUNK
+
+    def chunks(x: Tensor) -> Tensor:
+        """``[B, T, h, d]`` -> ``[NC, B * h, C, d]``."""
+        padded = F.pad(x, (0, 0, 0, 0, 0, count * CHUNK - length))
+        return padded.unflatten(1, (count, CHUNK)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+    xs = [chunks(q * scale), chunks(k), chunks(v)]
+    xs += [chunks(gate.unsqueeze(-1)) for gate in (g, beta) if gate is not None]
+    ones = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device)
+
+    def body(carry: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+        gates, (lower, strict) = list(rest[:-5]), rest[-5:-3]
+        steps = gates.pop(0) if g is not None else None  # [B * h, C, 1]
+        strength = gates.pop(0) if beta is not None else None
+        keys = k.transpose(1, 2)
+        k_end, decayed, decay = k, carry, lower
+        k_start = k
+        if steps is not None:
+            decay = ((lower * steps.transpose(1, 2)) @ strict).exp() * lower  # summed over (j, i], as in chunked
+            from_start = steps.cumsum(1).exp()
+            q_start, k_start = q * from_start, k * from_start
+            k_end = k * decay[:, -1:].transpose(1, 2)
+            decayed = carry * from_start[:, -1:]
+        else:
+            q_start = q
+        if strength is not None:
+            system = torch.bmm(k, keys) * strength * decay * strict
+            v = strength * (v - torch.bmm(k_start, carry))
+            v = torch.linalg.solve_triangular(system, v, upper=False, unitriangular=True)
+        o = torch.bmm(q_start, carry) + torch.bmm(torch.bmm(q, keys) * decay, v)
+        return [decayed + torch.bmm(k_end.transpose(1, 2), v), o]
+
+    # The sizes are inputs of their own: Inductor rebuilds from them the shape of the outputs it writes in place.
+    sizes = (batch, length, count)
+    state, o = scan_op(body, [state.flatten(0, 1)], xs, additional_inputs=(ones.tril(), ones.tril(-1), *sizes))
     o = o.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
     return o, state.unflatten(0, (batch, heads))
 
@@ -167,8 +257,25 @@ def _rule_lowering(rule: Rule, lowering: RuleLowering) -> Lowering:
 
 def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     """Operator -> replacement, under the overload and under its packet: Python code calls either."""
-    rule_lowering = linear_attention if target == "onnxruntime" else one_token if decode else chunked
-    table: dict[Any, Lowering] = {torch.ops.mom.route: _route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
+    node = target in ("onnxruntime", "opset27")
+    whole = linear_attention if node else looped if target == "aoti" else chunked
+    rule_lowering = one_token if decode and not node else whole
+    route = _route_by_sort if target == "aoti" else _route
+    table: dict[Any, Lowering] = {torch.ops.mom.route: route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
-    return {**table, **{packet.default: replacement for packet, replacement in table.items()}}
+    table |= {packet.default: replacement for packet, replacement in table.items()}
+    if target != "aoti":
+        table[torch.conv1d] = causal_conv if target == "opset27" else _conv1d
+    return table
+
+
+@contextmanager
+def kernels() -> Iterator[dict[Any, Lowering]]:
+    """Operator -> its Triton implementation, whose launches are nodes of the graph traced meanwhile."""
+    with instead_of_launches(Launch.trace):
+        yield {
+            name: implementation
+            for overload, implementation in TRITON_IMPLEMENTATIONS.items()
+            for name in (overload, overload.overloadpacket)
+        }

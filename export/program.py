@@ -12,11 +12,12 @@ from torch.overrides import TorchFunctionMode
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import Form
+from ..ops import CHUNK
 from ..state import layer_shapes
 
 DYNAMIC_BATCH = torch.export.Dim("batch", min=1, max=4096)
 DYNAMIC_LENGTH = torch.export.Dim("length", min=1, max=1 << 20)
-EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70  # longer than one chunk: an example inside it would freeze the graph to one
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70  # longer than one chunk, see check_example_length
 
 
 def state_names(config: MoMConfig) -> list[tuple[int, str]]:
@@ -49,28 +50,43 @@ class _Replace(TorchFunctionMode):
 
 
 class StateProgram(nn.Module):
-    """``forward(input_ids, past) -> (logits, present)`` over the portable form; ``past`` is a flat list of tensors.
+    """``forward(input_ids, past) -> (logits, present)`` over a form of the layers; ``past`` is a flat list of tensors.
 
     ``lowerings``: operator -> replacement. Replacing them while the model is traced spares a pass over the program.
+    Logits and states come out in float32, whatever the model computes in.
     """
 
-    def __init__(self, model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(
+        self, model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]], form: Form = "portable"
+    ) -> None:
         super().__init__()
         self.model = model
         self.names = state_names(model.config)
         self.lowerings = lowerings
+        self.form: Form = form
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """input_ids ``[B, T]``, past as :func:`flat_shapes`; logits ``[B, T, vocab_size]``."""
         return self.run(input_ids, past, None)
 
-    def run(self, input_ids: Tensor, past: list[Tensor], valid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """:meth:`forward` with an optional mask ``[B, T]``."""
-        logits, present = self.run_form(input_ids, past, valid, "portable")
-        return logits, [present[layer][name].flatten(1, 2) for layer, name in self.names]
+    def run(
+        self,
+        input_ids: Tensor,
+        past: list[Tensor],
+        valid: Tensor | None,
+        router_indices: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`forward` with an optional mask ``[B, T]``, and optional choices ``[B, T, k]`` per layer."""
+        logits, present = self.run_form(input_ids, past, valid, self.form, router_indices)
+        return logits, [present[layer][name].flatten(1, 2).float() for layer, name in self.names]
 
     def run_form(
-        self, input_ids: Tensor, past: list[Tensor], valid: Tensor | None, form: Form
+        self,
+        input_ids: Tensor,
+        past: list[Tensor],
+        valid: Tensor | None,
+        form: Form,
+        router_indices: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Sequence[Mapping[str, Tensor]]]:
         """The model in one of its forms, with the lowerings; the states as the form gives them."""
         memories = self.model.config.total_memories
@@ -78,9 +94,11 @@ class StateProgram(nn.Module):
         for (layer, name), tensor in zip(self.names, past, strict=True):
             state[layer][name] = tensor.unflatten(1, (memories, -1))
         with _Replace(self.lowerings):
-            out = self.model(input_ids, state=tuple(state), attention_mask=valid, form=form)
+            out = self.model(
+                input_ids, state=tuple(state), attention_mask=valid, router_indices=router_indices, form=form
+            )
         assert out.logits is not None
-        return out.logits, out.state
+        return out.logits.float(), out.state
 
 
 class TouchedProgram(StateProgram):
@@ -91,10 +109,20 @@ class TouchedProgram(StateProgram):
         logits, present = self.run_form(input_ids, past, None, "touched")
         names = touched_names(self.model.config)
         return logits, [
-            values[name] if name == "touched_index" else values[name].flatten(1, 2)
+            values[name] if name == "touched_index" else values[name].flatten(1, 2).float()
             for values in present
             for name in names.values()
         ]
+
+
+class ForcedProgram(StateProgram):
+    """The prefill with the routing given, for verification: below float32 a router rightly chooses otherwise."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, router_indices: list[Tensor], past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input_ids ``[B, T]``, router_indices ``[B, T, k]`` int64 per layer."""
+        return self.run(input_ids, past, None, router_indices)
 
 
 def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tensor, list[Tensor]]:
@@ -107,18 +135,49 @@ def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tens
     return ids, past
 
 
+def check_example_length(length: int) -> None:
+    """Raise unless the example crosses a chunk boundary."""
+    if length <= CHUNK:
+        raise ValueError(
+            f"example_length must be more than one chunk of {CHUNK} tokens, got {length}; "
+            "traced with fewer, the graph would be silently wrong at longer inputs"
+        )
+
+
 def export_program(
-    model: MoMForCausalLM, decode: bool, lowerings: Mapping[Any, Callable[..., Any]], touched: bool = False
+    model: MoMForCausalLM,
+    decode: bool,
+    lowerings: Mapping[Any, Callable[..., Any]],
+    touched: bool = False,
+    form: Form = "portable",
+    example_length: int = EXAMPLE_LENGTH,
 ) -> torch.export.ExportedProgram:
     """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram.
 
-    ``touched``: the decode program that gives only the touched part of the state, see TouchedProgram.
+    ``touched``: the decode program that gives only the touched part of the state, see TouchedProgram. ``form``: of the
+    layers otherwise. ``example_length``: tokens that prefill is traced with.
+
+    Raises:
+        ValueError: an example that fits one chunk.
     """
-    ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else EXAMPLE_LENGTH)
+    check_example_length(example_length)
+    ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else example_length)
     ids_shape: dict[int, Any] = {0: DYNAMIC_BATCH} if decode else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
     shapes = (ids_shape, [{0: DYNAMIC_BATCH}] * len(past))
     program = TouchedProgram if touched else StateProgram
-    return trace(program(model.eval(), lowerings), (ids, past), shapes)
+    return trace(program(model.eval(), lowerings, form), (ids, past), shapes)
+
+
+def export_forced(model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]]) -> torch.export.ExportedProgram:
+    """The torch.export program of a prefill whose routing is given, see ForcedProgram."""
+    config = model.config
+    ids, past = example_inputs(model, EXAMPLE_BATCH, EXAMPLE_LENGTH)
+    chosen = torch.arange(config.topk, device=ids.device).expand(*ids.shape, config.topk).contiguous()
+    # Tensors of their own: the exporter takes equal objects for one input.
+    indices = [chosen.clone() for _ in range(config.num_hidden_layers)]
+    tokens = {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
+    shapes = (tokens, [tokens] * len(indices), [{0: DYNAMIC_BATCH}] * len(past))
+    return trace(ForcedProgram(model.eval(), lowerings), (ids, indices, past), shapes)
 
 
 def trace(program: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:

@@ -13,7 +13,8 @@ from .._files import write_safetensors
 from ..model import MoMForCausalLM
 from ..mom_attention import Form
 from .program import DYNAMIC_BATCH, DYNAMIC_LENGTH, EXAMPLE_BATCH, EXAMPLE_LENGTH, trace
-from .pt2_runner import WEIGHTS_FILE, describe_program, operator_schemas
+from .pt2_runner import describe_program, operator_schemas
+from .torch_runner import WEIGHTS_FILE
 from .writing import write_artifact
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from .. import ops as ops  # registers the operators that the programs call
 from .._files import read_safetensors
-from .runner import Runner, State, Step
+from .runner import State
+from .torch_runner import WEIGHTS_FILE, TorchRunner
 
-WEIGHTS_FILE = "weights.safetensors"
 
-
-class Pt2Runner(Runner):
+class Pt2Runner(TorchRunner):
     """A folder of ``to_pt2``; logits and states are tensors.
 
     Args:
@@ -31,9 +30,8 @@ class Pt2Runner(Runner):
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], device: str | torch.device = "cpu") -> None:
-        super().__init__(folder, manifest)
+        super().__init__(folder, manifest, device)
         check_schemas(manifest["operator_schemas"], manifest["versions"]["mom-compile"])
-        self.device = torch.device(device)
         weights = read_safetensors(folder / WEIGHTS_FILE)
         self._weights = {name: weights[name].to(self.device) for name in sorted(weights)}  # the programs' order
         self._programs: dict[str, Any] = {}
@@ -71,32 +69,11 @@ class Pt2Runner(Runner):
             self._programs[name] = program.module()
         return self._programs[name]
 
-    def _zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-
-    def _value(self, value: Any) -> torch.Tensor:
-        return torch.as_tensor(value, device=self.device)
-
-    def _check_ids(self, input_ids: Any) -> NDArray[np.int64]:
-        return super()._check_ids(input_ids.cpu() if isinstance(input_ids, torch.Tensor) else input_ids)
-
     @torch.no_grad()
     def _run(self, ids: NDArray[np.int64], state: State) -> tuple[torch.Tensor, State]:
         program = self._program("decode" if ids.shape[1] == 1 else "prefill")
         logits, present = program(self._weights, torch.from_numpy(ids).to(self.device), state)
         return logits, present
-
-    def decode_loop(self, state: Sequence[Mapping[str, Any]], batch_size: int, **options: Any) -> Step:
-        """As :meth:`Runner.decode_loop`."""
-        current = self._check_state(batch_size, state)
-
-        def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
-            nonlocal current
-            ids = np.ascontiguousarray(tokens, np.int64).reshape(batch_size, 1)
-            logits, current = self._run(ids, current)
-            return np.asarray(logits[:, 0].cpu())
-
-        return step
 
 
 def check_schemas(recorded: Mapping[str, str], version: str) -> None:

@@ -20,7 +20,7 @@ Step = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 PREFILL_TOKENS = 4096
 """Tokens of one prefill call; longer prompts go through in pieces."""
-KINDS = ("onnx", "pt2", "genai")
+KINDS = ("onnx", "pt2", "genai", "aoti", "tensorrt")
 
 
 def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
@@ -29,7 +29,9 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
     Args:
         directory: written by one of the ``to_*`` functions.
         options: of the runner: ``providers`` (onnxruntime execution providers, the CPU's by default) for an ONNX
-            artifact, ``device`` (the CPU by default) for a pt2 artifact.
+            artifact, ``device`` (the CPU by default) for a pt2 artifact, ``device`` (what it was compiled for by
+            default) for an aoti artifact. A tensorrt artifact runs its engines on a GPU, or with ``providers`` the
+            same graphs in onnxruntime.
 
     Raises:
         ValueError: the folder is damaged, edited or of another version.
@@ -51,6 +53,14 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
         return GenaiRunner(folder, manifest, **options)
     if kind == "kernels":
         raise ValueError("kind must be that of a graph, got 'kernels'; a kernel pack is launched with its mom_launch.h")
+    if kind == "aoti":
+        from .aoti_runner import AotiRunner
+
+        return AotiRunner(folder, manifest, **options)
+    if kind == "tensorrt":
+        from .tensorrt_runner import open_tensorrt
+
+        return open_tensorrt(folder, manifest, **options)
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}; a newer mom-compile wrote the folder")
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "export a checkpoint to a deployable graph, with its state explicit",
     "verify": "check artifacts against their checkpoint",
     "inspect": "what an artifact or a checkpoint is made of, and which memories a text uses",
+    "bench": "time decoding, training and operators beside this machine's limits",
     "eval": "bits per byte of a checkpoint on text files",
     "convert": "convert a checkpoint of flash-linear-attention",
     "demo": "train a small model, export it, verify it and generate from the exported graph",

@@ -110,7 +110,7 @@ def evaluate(
             f"stream must hold ids below vocab_size = {model.config.vocab_size}, got {int(ids.max())}; "
             "the text was tokenized for another model"
         )
-    inputs, targets = _rows(ids.astype(np.int64), batch_size)
+    inputs, targets = rows(ids.astype(np.int64), batch_size)
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     counts: Tensor | None = None
@@ -141,8 +141,8 @@ def evaluate(
     )
 
 
-def _rows(ids: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets ``[B, T]``; the last row is filled up with tokens that count for nothing."""
+def rows(ids: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets ``[B, T]``; the last row is filled up with tokens whose target is negative: none."""
     count = len(ids) - 1
     rows = min(batch_size, count)
     length = -(-count // rows)

@@ -16,8 +16,9 @@ from .ops import gated_rms_norm
 from .ops.memory_rule import RULES
 from .state import LayerState, check_layer_state, init_layer_state
 
-Form = Literal["packed", "portable", "step", "touched"]
-FORMS = ("packed", "portable", "step", "touched")
+Form = Literal["packed", "portable", "step", "touched", "dense"]
+FORMS = ("packed", "portable", "step", "touched", "dense")
+ONE_TOKEN_FORMS = ("touched", "dense")
 MAX_STEP_TOKENS = 8
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -112,9 +113,9 @@ class MoMAttention(nn.Module):
             cu_seqlens: ``[N+1]`` int boundaries of documents packed into B = 1; the state's batch is then N.
             router_indices: ``[B, T, k]`` int64 choices to use in place of the router's own; the weights still follow
                 its logits.
-            form: ``packed`` (training, prefill), ``portable`` (export), ``step`` (at most 8 tokens) or ``touched``
-                (one token: the new state is only what it wrote, for export); None chooses step for one token with a
-                state, else packed.
+            form: ``packed`` (training, prefill), ``portable`` (export), ``step`` (at most 8 tokens); for the export of
+                one token ``touched`` (the new state is only what it wrote) or ``dense`` (all memories, masked); None
+                chooses step for one token with a state, else packed.
 
         Returns:
             y ``[B, T, D]``, the new state, and the router logits ``[B, T, M]`` float32 (None with a custom router).
@@ -126,7 +127,13 @@ class MoMAttention(nn.Module):
         if form is None:
             form = "step" if x.shape[1] == 1 and state is not None and cu_seqlens is None else "packed"
         valid = None if attention_mask is None else attention_mask.to(torch.bool)
-        runs = {"packed": packed.forward, "portable": portable.forward, "step": step.forward, "touched": step.touched}
+        runs = {
+            "packed": packed.forward,
+            "portable": portable.forward,
+            "step": step.forward,
+            "touched": step.touched,
+            "dense": step.dense,
+        }
         run = runs[form]
         o, new_state, logits = run(self, x, state, valid, cu_seqlens, router_indices)
         return self._output(x, o), new_state, logits
@@ -163,9 +170,9 @@ class MoMAttention(nn.Module):
             )
         if form == "step" and length > MAX_STEP_TOKENS:
             raise ValueError(f"x must have at most {MAX_STEP_TOKENS} tokens for form step, got {length}; use packed")
-        if form == "touched" and (length != 1 or state is None or attention_mask is not None):
+        if form in ONE_TOKEN_FORMS and (length != 1 or state is None or attention_mask is not None):
             raise ValueError(
-                f"x must have one token, a state and no mask for form touched, got {length} tokens, "
+                f"x must have one token, a state and no mask for form {form}, got {length} tokens, "
                 f"{'no' if state is None else 'a'} state; use step"
             )
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, length):
@@ -181,7 +188,7 @@ class MoMAttention(nn.Module):
                 raise ValueError(
                     f"cu_seqlens must be [N+1], got shape {tuple(cu_seqlens.shape)}; pass cumulative lengths from 0"
                 )
-            if form in ("portable", "step", "touched"):
+            if form not in (None, "packed"):
                 raise ValueError(f"cu_seqlens must be None for form {form}, got a tensor; use packed")
             sequences = cu_seqlens.shape[0] - 1
         if router_indices is not None and tuple(router_indices.shape) != (batch, length, config.topk):

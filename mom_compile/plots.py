@@ -44,7 +44,7 @@ def plot_run(run_folder: str | os.PathLike[str]) -> list[Path]:
     steps = [record for record in records if "loss" in record]
     if not steps:
         return []
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     return [
         _plot_loss(pyplot, folder / LOSS_PLOT, steps, [r for r in records if "held_out_bits_per_byte" in r]),
         _plot_memories(pyplot, folder / MEMORIES_PLOT, steps),
@@ -102,7 +102,7 @@ def plot_memory_use(path: str | os.PathLike[str], use: MemoryUse, tokens: Sequen
     Raises:
         ImportError: matplotlib is missing.
     """
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     layers, length, memories = use.shape
     size = (min(20, 2 + 0.16 * length), 0.6 + layers * (0.5 + 0.16 * memories))
     figure, grid = pyplot.subplots(layers, 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
@@ -119,6 +119,11 @@ def plot_memory_use(path: str | os.PathLike[str], use: MemoryUse, tokens: Sequen
     return Path(path)
 
 
-def _pyplot() -> Any:
+def import_pyplot() -> Any:
+    """matplotlib.pyplot that draws to files.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     require("matplotlib", "train").use("Agg")
     return require("matplotlib.pyplot", "train")

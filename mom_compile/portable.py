@@ -48,7 +48,8 @@ def forward(
 
     # rank: position of a token among those of its memory; source: the token at each position, slot T is trash.
     selected = selected.transpose(1, 2)  # [B, M', T]
-    count = selected.to(torch.int64).cumsum(2)
+    # Counted in float32, exact up to 2^24 tokens: TensorRT's list of operators has no whole-number CumSum.
+    count = selected.to(torch.float32).cumsum(2).to(torch.int64)
     rank = count - 1
     position = torch.arange(length, device=x.device)
     slot = torch.where(selected, rank, length)
@@ -94,7 +95,7 @@ def forward(
     # Back to the tokens: choice j of token t reads slot rank[t] of its memory.
     o = torch.unflatten(o, 2, (memories, value_heads)).transpose(1, 2).flatten(3)  # [B, M', T, HV * V]
     flat = o.flatten(1, 2)
-    back = indices * length + rank.transpose(1, 2).gather(2, indices).clamp(min=0)  # [B, T, k']
+    back = indices * length + torch.maximum(rank.transpose(1, 2).gather(2, indices), torch.zeros_like(indices))
     rows = flat.gather(1, back.flatten(1).unsqueeze(-1).expand(batch, back.shape[1] * back.shape[2], flat.shape[2]))
     rows = torch.unflatten(rows, 1, (length, back.shape[2]))
     if valid is not None:

@@ -97,6 +97,77 @@ def touched(
     return o.unsqueeze(1), new_state, logits
 
 
+def dense(
+    layer: MoMAttention,
+    x: Tensor,
+    state: Mapping[str, Tensor] | None,
+    valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    router_indices: Tensor | None,
+) -> tuple[Tensor, LayerState, Tensor | None]:
+    """One token, for export: as :func:`forward`, every memory computed and those not selected kept by a mask.
+
+    Neither gather nor scatter, so that an engine can fuse the whole update. A memory that the token did not select
+    stays bit-identical: it is multiplied by exp(0) and zero is added.
+    """
+    assert state is not None and valid is None
+    config, rule = layer.config, layer.rule
+    batch, memories = x.shape[0], config.total_memories
+    heads, value_heads = config.num_heads, config.value_heads
+    routing, gates = route_and_gate(layer, x, router_indices)
+    # From the choice, not from weight > 0: a weight may underflow.
+    one_hot = (routing.indices.squeeze(1).unsqueeze(-1) == torch.arange(config.num_memories, device=x.device)).to(
+        routing.weights.dtype
+    )  # [B, k, M]
+    selected, weights = one_hot.sum(1), (routing.weights.squeeze(1).unsqueeze(-1) * one_hot).sum(1)
+    if config.shared_mem:
+        shared = torch.ones_like(selected[:, :1])
+        selected, weights = torch.cat([selected, shared], 1), torch.cat([weights, shared], 1)
+
+    kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1)).squeeze(1), 1, (layer.kv_proj.shape[0], -1))
+    q = layer.q_proj(x).expand(batch, memories, layer.key_size)
+    qkv = torch.cat([q, kv.expand(batch, memories, kv.shape[2])], 2)  # [B, M', C]
+    new_state: LayerState = {}
+    if config.use_short_conv:
+        conv_state = state["conv_state"]
+        window = torch.cat([conv_state.to(qkv.dtype), qkv.unsqueeze(-1)], 3)
+        qkv = (window * layer.conv1d.to(qkv.dtype)).sum(3)
+        new_window = window[..., 1:].to(conv_state.dtype)
+        new_state["conv_state"] = torch.where(selected[..., None, None] > 0, new_window, conv_state)
+    qkv = F.silu(qkv)
+    q, k, v = qkv.split([layer.key_size, layer.key_size, layer.value_size], 2)
+    q, k = (l2_norm(torch.unflatten(part, 2, (heads, config.head_dim))) for part in (q, k))
+    v = torch.unflatten(v, 2, (value_heads, config.value_dim))
+
+    mask = selected.unsqueeze(-1)  # [B, M', 1]
+    g, beta, dt = (None if gate is None else gate.squeeze(1) * mask for gate in gates)
+    name = rule.name
+    if rule.gate == "head":  # a constant would decay the memories that were not selected
+        g, name = retention_gate(value_heads, x.device) * mask, "mamba2"
+    if dt is not None:
+        v = v * dt.unsqueeze(-1).to(v.dtype)
+    elif beta is None:
+        v = v * mask.unsqueeze(-1).to(v.dtype)
+
+    def merge(part: Tensor) -> Tensor:
+        return part.flatten(1, 2).unsqueeze(1)
+
+    o, final_state = recurrent(
+        name,
+        merge(q),
+        merge(k),
+        merge(v),
+        None if g is None else merge(g),
+        None if beta is None else merge(beta),
+        layer.scale,
+        state["recurrent_state"].flatten(1, 2),
+    )
+    new_state["recurrent_state"] = torch.unflatten(final_state, 1, (memories, value_heads))
+    o = torch.unflatten(o.squeeze(1), 1, (memories, value_heads))
+    o = (o * weights[..., None, None].to(o.dtype)).sum(1)
+    return o.unsqueeze(1), new_state, routing.logits
+
+
 def _token(
     layer: MoMAttention,
     x: Tensor,

@@ -45,7 +45,9 @@ class Launch:
     args: tuple[Any, ...]
 
     def run(self) -> None:
-        """Run the kernel on the device of its first tensor."""
+        """Run the kernel on the device of its first tensor; an empty grid runs nothing."""
+        if 0 in self.grid:
+            return
         device = next(x.device for x in self.args if isinstance(x, Tensor))
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -53,15 +55,19 @@ class Launch:
                 *self.args, **self.config.constants, **options(self.config.num_warps, self.config.num_stages)
             )
 
+    def trace(self) -> None:
+        """Make the launch a node of the graph that is being traced; sizes of the grid may be symbols."""
+        traced = torch.library.wrap_triton(self.kernel)[self.grid]
+        # Options other than these two have no place in a graph.
+        traced(*self.args, **self.config.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+
 
 _hook: Callable[[Launch], None] | None = None
 _architecture: int | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> None:
-    """Run ``kernel`` on the device of its first tensor; an empty grid runs nothing."""
-    if 0 in grid:
-        return
+    """Launch ``kernel``, unless :func:`instead_of_launches` says otherwise."""
     call = Launch(kernel, grid, config, args)
     if _hook is None:
         call.run()
@@ -122,6 +128,11 @@ def variant(
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def bits(n: int) -> int:
+    """``n.bit_length()``; the most there can be for a symbol."""
+    return n.bit_length() if isinstance(n, int) else 31
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,7 +12,12 @@ from torch.library import custom_op
 from ._triton import use_triton
 
 NAMESPACE = "mom"
+TRITON_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+"""Operator -> its Triton implementation."""
 AUTOCAST_DEVICES = ("cpu", "cuda")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def register_op(
@@ -44,12 +49,14 @@ def register_op(
     positions: list[int] = []  # of the arguments written in place
 
     def implementation(*args: Any) -> Any:
-        if triton is None:
-            return cpu(*args)
-        if use_triton(args):
-            return triton(*args)
-        device = next(x.device for x in args if isinstance(x, Tensor))
-        return cpu(*args) if device.type == "cpu" else _on_cpu(cpu, args, positions, device)
+        # A backward that is called under autocast comes here with it on: an implementation chooses its own dtypes.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            if triton is None:
+                return cpu(*args)
+            if use_triton(args):
+                return triton(*args)
+            device = next(x.device for x in args if isinstance(x, Tensor))
+            return cpu(*args) if device.type == "cpu" else _on_cpu(cpu, args, positions, device)
 
     op = custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=tuple(mutates_args), schema=schema)
     op.register_fake(fake)
@@ -57,6 +64,8 @@ def register_op(
         op.register_autograd(backward, setup_context=setup_context)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     positions += [i for i, argument in enumerate(overload._schema.arguments) if argument.name in mutates_args]
+    if triton is not None:
+        TRITON_IMPLEMENTATIONS[overload] = triton
     if autocast:
         _register_autocast(name, overload, autocast)
     return overload

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,20 @@ def pt2_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausal
     folder = tmp_path_factory.mktemp("pt2") / "artifact"
     export.to_pt2(model, folder)
     return model, folder
+
+
+@pytest.fixture
+def compile_cpp(tmp_path: Path) -> Callable[..., Path]:
+    """A function (source, options, libraries) -> the program that g++ made of it."""
+
+    def build(source: Path, options: list[str], libraries: list[str]) -> Path:
+        binary = tmp_path / source.stem
+        command = ["g++", "-std=c++20", "-O0", *options, str(source), "-o", str(binary), *libraries]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return binary
+
+    return build
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Launches of a kernel pack's functions on a GPU, recorded as files for ``native/check_pack.cpp``."""
+"""Launches of a kernel pack's functions on a GPU, recorded as files for ``cpp/check_pack.cpp``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_cases(folder: Path, cases: list[tuple[Function, Units]], architecture:
 
 
 def _write_plugin(folder: Path, title: str, first: dict[str, Tensor], last: dict[str, Tensor]) -> list[str]:
-    """A call of the decode step's plugin, for ``native/check_plugin.cpp``."""
+    """A call of the decode step's plugin, for ``cpp/check_plugin.cpp``."""
     inputs = [name for name in first if name not in ("y", "o")]
     outputs = ["o", *(name for name in inputs if name in ("state", "conv_state"))]
     lines = [f"{title} {len(inputs)} {len(outputs)}"]

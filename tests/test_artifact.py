@@ -98,6 +98,15 @@ def test_an_opset_the_runtime_does_not_know(folder: Path) -> None:
         export.load(folder)([[1, 2]])
 
 
+@pytest.mark.parametrize("length", [1, 63, 64])
+def test_an_example_inside_one_chunk(length: int) -> None:
+    from mom_compile.export.lowerings import lowerings
+    from mom_compile.export.program import export_program
+
+    with pytest.raises(ValueError, match=f"example_length must be more than one chunk of 64 tokens, got {length}; tra"):
+        export_program(tiny_model(num_hidden_layers=1), False, lowerings("portable", False), example_length=length)
+
+
 def test_another_model(small_artifact: tuple[MoMForCausalLM, Path]) -> None:
     _, folder = small_artifact
     with pytest.raises(ValueError, match="model must have the configuration in"):

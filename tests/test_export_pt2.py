@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import VARIANTS, tiny_model, tokens
+from sessions import check_interleaved
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
@@ -98,10 +99,30 @@ def test_the_runner(pt2_artifact: tuple[MoMForCausalLM, Path]) -> None:
         runner(ids[:1], state)
 
 
+def test_an_artifact_kept_from_an_earlier_commit() -> None:
+    """Its programs were made by an earlier version of the operators, and must go on giving what they gave then."""
+    folder = Path(__file__).parent / "data" / "pt2-kept"
+    report = export.verify(folder)
+    assert report.passed and report.error < 1e-5, str(report)
+    runner = export.load(folder)
+    ids = np.random.default_rng(0).integers(0, 20, (2, 70))
+    whole, state = runner(ids)
+    again, other = runner(ids[:, :69])
+    last, other = runner(ids[:, 69:], other)
+    assert torch.allclose(torch.cat([again, last], 1), whole, atol=1e-5)
+    for one, two in zip(state, other, strict=True):
+        for name, value in one.items():
+            assert torch.allclose(value, two[name], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["single-kv-no-conv", "one-memory"])
 def test_variants(name: str, tmp_path: Path) -> None:
     model = tiny_model(num_hidden_layers=1, **VARIANTS[name])
     assert export.to_pt2(model, tmp_path / "x").passed
+
+
+def test_interleaved_conversations(pt2_artifact: tuple[MoMForCausalLM, Path]) -> None:
+    check_interleaved(pt2_artifact[1])
 
 
 def test_a_state_goes_on_in_onnxruntime(
@@ -155,7 +176,7 @@ def test_a_damaged_program(pt2_artifact: tuple[MoMForCausalLM, Path], tmp_path: 
         export.load(folder)([[1]])
     manifest["kind"] = "tflite"
     artifact.write_manifest(folder, manifest)
-    with pytest.raises(ValueError, match="kind must be one of onnx, pt2, genai, got 'tflite'"):
+    with pytest.raises(ValueError, match="kind must be one of onnx, pt2, genai, aoti, tensorrt, got 'tflite'"):
         export.load(folder)
 
 

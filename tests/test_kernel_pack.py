@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 if INTERPRET:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-NATIVE = Path(__file__).parent / "native"
+SOURCES = Path(__file__).parent / "cpp"
 META = torch.device("meta")
 
 
@@ -39,7 +39,7 @@ def _compiler() -> str:
 
 
 def _build(pack: Path, target: Path) -> Path:
-    sources = [str(NATIVE / "check_pack.cpp"), str(pack / "mom_launch.cpp")]
+    sources = [str(SOURCES / "check_pack.cpp"), str(pack / "mom_launch.cpp")]
     command = [_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{pack}", *sources, "-ldl"]
     subprocess.run([*command, "-o", str(target)], check=True)
     return target
@@ -54,7 +54,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_is_that_of_the_binaries(pack: Path) -> None:
     manifest = read_manifest(pack)
-    assert manifest["kind"] == "kernels" and manifest["architectures"] == [90]
+    assert manifest["kind"] == "kernels" and manifest["compute_capabilities"] == [90]
     seen = 0
     for function in manifest["functions"].values():
         for kernel in function["kernels"]:
@@ -153,9 +153,9 @@ def test_a_changed_file_is_noticed(pack: Path, tmp_path: Path) -> None:
 
 def test_bad_input(pack: Path, tmp_path: Path) -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"architectures must be some of 80, .*, got 75; leave out"):
+    with pytest.raises(ValueError, match=r"compute_capabilities must be some of 80, .*, got 75; leave out"):
         to_kernels(model, tmp_path / "a", [90, 75])
-    with pytest.raises(ValueError, match="architectures must be some of .*, got none"):
+    with pytest.raises(ValueError, match="compute_capabilities must be some of .*, got none"):
         to_kernels(model, tmp_path / "a", [])
     with pytest.raises(ValueError, match="must have parameters of float32, bfloat16 or float16, got float64"):
         to_kernels(tiny_model().double(), tmp_path / "a", [90])
@@ -269,7 +269,7 @@ def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Pat
     assert done.stdout.endswith(f"{count} cases, 0 buffers differ\n")
 
     checker = tmp_path / "check_plugin"
-    source = str(NATIVE / "check_plugin.cpp")
+    source = str(SOURCES / "check_plugin.cpp")
     subprocess.run([_compiler(), *_plugin_flags(), source, "-ldl", "-o", str(checker)], check=True)
     library = str(_build_plugin(pack))
     done = subprocess.run([str(checker), library, str(tmp_path / "cases")], capture_output=True, text=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sessions import check_interleaved
 
 from mom_compile import MoMForCausalLM, export
 
@@ -69,6 +70,10 @@ def test_long_prompts_go_through_in_pieces(
     whole = list(runner.generate(prompt, 5, eos_token_id=-1))
     monkeypatch.setattr(module, "PREFILL_TOKENS", 33)
     assert np.array_equal(whole, list(runner.generate(prompt, 5, eos_token_id=-1)))
+
+
+def test_interleaved_conversations(small_artifact: tuple[MoMForCausalLM, Path]) -> None:
+    check_interleaved(small_artifact[1])
 
 
 def test_an_artifact_runs_without_torch(small_artifact: tuple[MoMForCausalLM, Path]) -> None:

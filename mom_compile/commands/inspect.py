@@ -11,6 +11,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="artifact folder or checkpoint folder")
     parser.add_argument("--text", help="print which memories each token of this text used, per layer")
+    parser.add_argument("--budget", action="store_true", help="print weights, states and the batch that fits a memory")
     parser.add_argument("--plot", metavar="PNG", help="with --text: draw it as well")
 
 
@@ -21,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--plot must go with --text, got {args.plot!r} alone; add the text to draw")
     lines = _artifact(read_manifest(args.folder)) if is_artifact(args.folder) else _checkpoint(Path(args.folder))
     print("\n".join(lines))
+    if args.budget:
+        print("\n" + "\n".join(_budget(Path(args.folder))))
     if args.text:
         _memory_use(args.folder, args.text, args.plot)
     return 0
@@ -42,6 +45,11 @@ def _artifact(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"{name} ({function['operator']}, {', '.join(function['units'])})"
         yield from _table([_kernel(kernel) for kernel in function["kernels"]] or [(function["note"],)])
+    if "engines" in manifest:
+        targets = ", ".join(f"{value // 10}.{value % 10}" for value in manifest["compute_capabilities"])
+        ranges = ", ".join(f"{name} {smallest} to {most}" for name, (smallest, _, most) in manifest["ranges"].items())
+        files = ", ".join(engine["file"] for engine in manifest["engines"].values())
+        yield f"engines for compute capability {targets}: {files}; {ranges}"
     for name, io in manifest.get("io", {}).items():
         yield ""
         opsets = ", ".join(f"{domain} {version}" for domain, version in io.get("opsets", {}).items())
@@ -82,6 +90,16 @@ def _checkpoint(folder: Path) -> Iterator[str]:
             rows.append(("tensor", name, str(part.get_dtype()), _shape(part.get_shape())))
     yield f"{total:,} parameters in {len(rows)} tensors, {_size(path.stat().st_size)}"
     yield from _table(rows)
+
+
+def _budget(folder: Path) -> Iterator[str]:
+    from .._files import read_json
+    from ..config import MoMConfig
+    from ..export.artifact import is_artifact, read_manifest
+    from ..export.budget import budget_table
+
+    values = read_manifest(folder)["config"] if is_artifact(folder) else read_json(folder / "config.json")
+    yield from _table(list(budget_table(MoMConfig.from_dict(values))))
 
 
 def _shape_of_model(config: Mapping[str, Any]) -> str:

@@ -50,7 +50,8 @@ def _routing_constants(sizes: _Sizes) -> dict[str, Any]:
 
 def _state_config(sizes: _Sizes, states: int) -> Config:
     rule = RULES[sizes.rule]
-    block = NARROW_BLOCK if states <= FEW_STATES else WIDE_BLOCK
+    few = isinstance(states, int) and states <= FEW_STATES  # a symbol may be large
+    block = NARROW_BLOCK if few else WIDE_BLOCK
     constants: dict[str, Any] = {"H": sizes.H, "HV": sizes.HV, "K": sizes.K, "V": sizes.V}
     constants |= _routing_constants(sizes)
     constants |= {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import Config, cdiv, launch, next_power_of_2, variant
+from .._launch import Config, bits, cdiv, launch, next_power_of_2, variant
 from .._layout import CHUNK, rows_bound
 from .kernels import (
     CHUNK_BLOCK,
@@ -70,13 +70,14 @@ def dispatch(
         segment_kernel, (1,), _segment_config(memories, chunk_size),
         bound_count, segment_start, segment_length, end_chunk, group_offset, sequences,
     )  # fmt: skip
+    fills = torch.sym_max(cdiv(rows, FILL.value), cdiv(chunks, CHUNK_BLOCK.value))
     launch(
-        chunk_kernel, (max(cdiv(rows, FILL.value), cdiv(chunks, CHUNK_BLOCK.value)),), _chunk_config(memories),
-        end_chunk, chunk_segment, entry_of, rows, chunks, sequences, segments.bit_length(),
+        chunk_kernel, (fills,), _chunk_config(memories),
+        end_chunk, chunk_segment, entry_of, rows, chunks, sequences, bits(segments),
     )  # fmt: skip
     launch(
         place_kernel, (blocks,), config, *tables, block_offset, bound_count, segment_start, segment_length,
-        slot_of, entry_of, tokens, sequences, blocks, rows, sequences.bit_length(),
+        slot_of, entry_of, tokens, sequences, blocks, rows, bits(sequences),
     )  # fmt: skip
     return slot_of, entry_of, segment_start, segment_length, chunk_segment, group_offset
 

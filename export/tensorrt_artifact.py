@@ -1,0 +1,175 @@
+"""Writing a TensorRT artifact: graphs that its parser takes, engines built with no GPU, and how to build others."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import MoMConfig
+from ..model import MoMForCausalLM
+from ._tensorrt import DEFAULT_COMPUTE_CAPABILITIES, check_compute_capabilities, require_tensorrt
+from ._tensorrt_provider import provider_options
+from .budget import budget
+from .jetpack import PROFILES, build_script, check_parser_operators, quantize_weights
+from .onnx_artifact import GRAPHS, _graph, check_onnx_packages, save_graphs
+from .onnx_runner import TOUCHED_GRAPH
+from .tensorrt_engines import build_engine
+from .tensorrt_shapes import ShapeRanges, trtexec_shapes
+from .writing import package_versions, write_artifact
+
+if TYPE_CHECKING:
+    from ..report import Report
+
+# Weights of 4 bits in blocks of 64 are themselves off by 10 %, and a model of random weights passes that on.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2, "int4": 5e-1}
+RUNNER_SOURCE = "tensorrt_runner.cpp"
+ENGINE_PRECISIONS = ("float32", "float16", "bfloat16")
+TOUCHED_FROM = 3
+"""From this many memories for each that a token selects, decode moves the selected ones alone."""
+# Router, beta and decay: their product stays float32 in every precision.
+_FLOAT32_PARAMETERS = ("router.weight", "b_proj", "a_proj", "A_log", "dt_bias")
+
+
+def to_tensorrt(
+    model: MoMForCausalLM,
+    directory: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | None = None,
+    tolerance: float | None = None,
+    precision: str = "float32",
+    compute_capabilities: Sequence[int] = DEFAULT_COMPUTE_CAPABILITIES,
+    batch: Sequence[int] = (1, 1, 8),
+    length: Sequence[int] = (1, 256, 1024),
+    profile: str = "rtx",
+) -> Report:
+    """Export ONNX graphs for TensorRT, build their engines with no GPU, and verify the graphs in onnxruntime.
+
+    The folder holds ``prefill.onnx``, ``decode.onnx`` (all memories, masked) and, where a token selects at most a third
+    of the memories, ``decode_touched.onnx``, in the names and shapes of :func:`mom_compile.export.to_onnx`; their
+    common ``weights.bin``; for each of prefill and decode one engine for all ``compute_capabilities``; the exact lines
+    that build them elsewhere (``build.sh``) and a runner in C++.
+
+    Args:
+        model: not changed.
+        directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
+        tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
+        tolerance: largest relative error of the graphs' logits, in onnxruntime on the CPU. None: 1e-4 for float32, 2e-2
+            with the same routing for the others, 0.5 for int4.
+        precision: ``float32``, ``float16`` or ``bfloat16`` of weights and activations; for ``jetpack6`` also ``int4``
+            weights. Router, decay, inverse, states, logits and the other inputs and outputs are float32.
+        compute_capabilities: GPUs that the engines run on: 80, 86, 89, 120, 121.
+        batch, length: smallest, likeliest and largest batch, and tokens of one prefill call.
+        profile: ``rtx``, or ``jetpack6`` for a Jetson Orin: no engine, which has to be built on the device.
+
+    Returns:
+        What was compared, with the errors; see :class:`mom_compile.report.Report`.
+
+    Raises:
+        ValueError: an unknown profile, precision or compute capability, a graph that TensorRT does not take, or an
+            artifact that missed its tolerance (nothing is left behind).
+        ImportError: onnx, onnxscript, onnxruntime or TensorRT for RTX is missing.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}; choose one of them")
+    known = ENGINE_PRECISIONS if profile == "rtx" else tuple(TOLERANCES)
+    if precision not in known:
+        raise ValueError(
+            f"precision must be one of {', '.join(known)} for profile {profile}, got {precision!r}; choose one of them"
+        )
+    capabilities = check_compute_capabilities(compute_capabilities) if profile == "rtx" else (87,)
+    shapes = ShapeRanges(tuple(batch), tuple(length))  # type: ignore[arg-type]
+    runtime = check_onnx_packages()
+    versions = {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__}
+    if profile == "rtx":
+        versions["tensorrt-rtx"] = require_tensorrt().__version__
+
+    def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
+        io = write_graphs(exact, folder, precision)
+        if profile != "rtx":
+            for file in graph_files(exact.config).values():
+                check_parser_operators(folder / file)
+        engines: dict[str, dict[str, Any]] = {
+            name: {"file": f"{name}.engine", "shapes": shapes.shapes(io[name]["inputs"])}
+            for name in engine_graphs(exact.config)
+        }
+        for name, engine in engines.items():
+            if profile == "rtx":
+                graph = folder / graph_files(exact.config)[name]
+                engine.update(build_engine(graph, folder / engine["file"], engine["shapes"], capabilities))
+        write_deployment_files(folder, engines, profile)
+        return {
+            "kind": "tensorrt",
+            "target": "tensorrt",
+            "profile": profile,
+            "precision": precision,
+            "graphs": graph_files(exact.config),
+            "io": io,
+            "engines": engines,
+            "compute_capabilities": list(capabilities),
+            "ranges": shapes.to_dict(),
+            "provider_options": {
+                name: provider_options(shapes.shapes(description["inputs"])) for name, description in io.items()
+            },
+            "budget": budget(exact.config, precision, touched=TOUCHED_GRAPH in engines),
+            "versions": versions,
+        }
+
+    return write_artifact(
+        model, directory, tokenizer, TOLERANCES[precision] if tolerance is None else tolerance, write_files
+    )
+
+
+def graph_files(config: MoMConfig) -> dict[str, str]:
+    """Graph name -> file."""
+    touched = config.total_memories >= TOUCHED_FROM * (config.topk + config.shared_mem)
+    return {**GRAPHS, **({TOUCHED_GRAPH: f"{TOUCHED_GRAPH}.onnx"} if touched else {})}
+
+
+def engine_graphs(config: MoMConfig) -> tuple[str, ...]:
+    """The graphs that become engines: prefill and one form of decode."""
+    return ("prefill", TOUCHED_GRAPH if TOUCHED_GRAPH in graph_files(config) else "decode")
+
+
+def write_graphs(model: MoMForCausalLM, folder: Path, precision: str) -> dict[str, Any]:
+    """The graphs and their weights; returns their description for the manifest."""
+    lower = with_precision(model, precision)
+
+    def make(name: str) -> Any:
+        graph = _graph(lower, "tensorrt", name)
+        return quantize_weights(graph, precision) if precision == "int4" else graph
+
+    return save_graphs(folder, ((name, file, partial(make, name)) for name, file in graph_files(model.config).items()))
+
+
+def with_precision(model: MoMForCausalLM, precision: str) -> MoMForCausalLM:
+    """The model with its weights in another dtype, but for those that feed the router, beta and the decay.
+
+    Weights of 4 bits start from float16.
+    """
+    if precision == "float32":
+        return model
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
+    kept = {
+        name: parameter.detach().float()
+        for name, parameter in model.named_parameters()
+        if name.endswith(_FLOAT32_PARAMETERS)
+    }
+    lower = copy.deepcopy(model).to(dtype)
+    for name, parameter in lower.named_parameters():
+        if name in kept:
+            parameter.data = kept[name].clone()
+    return lower
+
+
+def write_deployment_files(folder: Path, engines: dict[str, dict[str, Any]], profile: str) -> None:
+    """``build.sh``, which builds the engines where trtexec is, and the runner in C++."""
+    lines = {name: (engine["file"], trtexec_shapes(engine["shapes"])) for name, engine in engines.items()}
+    (folder / "build.sh").write_text(build_script(lines, profile), encoding="utf-8")
+    source = resources.files(__package__ or "").joinpath("cpp", RUNNER_SOURCE).read_text(encoding="utf-8")
+    (folder / RUNNER_SOURCE).write_text(source, encoding="utf-8")

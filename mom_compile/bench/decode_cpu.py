@@ -1,0 +1,156 @@
+"""Decoding and prefill on a CPU: each form beside the time that reading the weights and the states once takes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import export
+from ..config import MoMConfig
+from ..decode import DecodeSession
+from ..model import MoMForCausalLM
+from .counts import tensor_bytes, weight_bytes
+from .measure import device_name, median_ms, read_bandwidth, versions
+from .report import Table
+from .sizes import size
+
+COLUMNS = {"size": 0, "what": 26, "form": 26, "batch": 5, "ms": 9, "of_limit": 9, "times_first": 11, "note": 40}
+FORMS = ("eager", "compiled", "onnxruntime")
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def bench_decode_cpu(
+    name: str,
+    batches: Sequence[int],
+    prompt: int,
+    forms: Sequence[str],
+    touched: bool,
+    repeats: int = 30,
+    path: Path | None = None,
+) -> Table:
+    """Time float32 forms of one model against each other; only ratios of one run mean something on a shared CPU.
+
+    Args:
+        name: of a model in ``SIZES``.
+        batches: sequences at once.
+        prompt: tokens of the prefill.
+        forms: of ``FORMS``; ``times_first`` is each one's time over that of the first.
+        touched: also compare whole-state and touched-state decoding of one layer with 8 memories.
+        repeats: measurements a median is over.
+        path: CSV to write or None.
+
+    Returns:
+        The table; ``of_limit`` is the time to read weights and states once over the time taken.
+
+    Raises:
+        ImportError: a form needs a package that is missing.
+    """
+    table = Table(COLUMNS, {"device": device_name(CPU), "versions": _versions(forms)}, path)
+    config = size(name)
+    torch.manual_seed(0)
+    model = MoMForCausalLM(config).eval()
+    before = read_bandwidth(CPU)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Path(folder) / "artifact"
+        if "onnxruntime" in forms:
+            export.to_onnx(model, artifact)
+        for batch in batches:
+            moved = weight_bytes(model) + sum(tensor_bytes(layer.values()) for layer in model.init_state(batch))
+            for form, step in _decoders(model, artifact, batch, forms):
+                ms = median_ms(step, CPU, repeats)
+                rows.append(dict(what="decode", form=form, batch=batch, ms=ms, bytes=moved))
+            for form, step in _prefills(model, artifact, batch, prompt, forms):
+                ms = median_ms(step, CPU, max(repeats // 6, 3), warm_up=2)
+                rows.append(dict(what=f"prefill of {prompt}", form=form, batch=batch, ms=ms))
+        # The faster of two measurements, around what they judge: others may use the machine.
+        bandwidth = max(before, read_bandwidth(CPU))
+    first: dict[tuple[str, int], float] = {}
+    for row in rows:
+        base = first.setdefault((row["what"], row["batch"]), row["ms"])
+        limit = row.pop("bytes", None)
+        table.add(
+            size=name, **row, times_first=row["ms"] / base,
+            of_limit=None if limit is None else limit / bandwidth * 1e3 / row["ms"],
+            note=None if limit is None else f"{limit / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s, both of this run",
+        )  # fmt: skip
+    if touched:
+        for hidden in (64, 256):
+            for batch in (1, 4):
+                touched_rows(table, hidden, batch, repeats=max(repeats, 20))
+    return table
+
+
+def _versions(forms: Sequence[str]) -> str:
+    if "onnxruntime" not in forms:
+        return versions()
+    from .._extras import require
+
+    return f"{versions()}, onnxruntime {require('onnxruntime', 'onnx').__version__}"
+
+
+def _decoders(
+    model: MoMForCausalLM, artifact: Path, batch: int, forms: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    ids = torch.randint(0, model.config.vocab_size, (batch,))
+    for form in ("eager", "compiled"):
+        if form in forms:
+            session = DecodeSession(model, batch, compile=form == "compiled")
+            yield form, lambda session=session: session.step(ids)  # type: ignore[misc]
+    if "onnxruntime" in forms:
+        runner = export.load(artifact)
+        for form, options in {"onnxruntime": {}, "onnxruntime, whole state": {"touched": False}}.items():
+            step = runner.decode_loop(runner.init_state(batch), batch, **options)
+            yield form, lambda step=step: step(ids.numpy())  # type: ignore[misc]
+
+
+def _prefills(
+    model: MoMForCausalLM, artifact: Path, batch: int, length: int, forms: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    ids = torch.randint(0, model.config.vocab_size, (batch, length))
+    state = model.init_state(batch)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    for form, function in {"eager": model, "compiled": compiled}.items():
+        if form in forms:
+            yield form, lambda function=function: function(ids, state=state)  # type: ignore[misc]
+    if "onnxruntime" in forms:
+        runner = export.load(artifact)
+        empty = runner.init_state(batch)
+        yield "onnxruntime", lambda: runner(ids.numpy(), empty)
+
+
+def touched_rows(
+    table: Table, hidden: int, batch: int, heads: int = 16, dim: int = 128, memories: int = 8, repeats: int = 20
+) -> None:
+    """One layer in onnxruntime: the whole state, one shared buffer, the touched memories alone.
+
+    With a small ``hidden`` the states outweigh the projections, which all three read whole.
+    """
+    config = MoMConfig(
+        vocab_size=257, hidden_size=hidden, num_hidden_layers=1, num_heads=heads, head_dim=dim, num_memories=memories,
+        topk=2, intermediate_size=hidden,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MoMForCausalLM(config).eval()
+    states = sum(tensor_bytes(layer.values()) for layer in model.init_state(batch))
+    note = f"weights {tensor_bytes(model.parameters()) / 1e6:.1f} MB, states {states / 1e6:.1f} MB"
+    with tempfile.TemporaryDirectory() as folder:
+        export.to_onnx(model, Path(folder) / "x")
+        runner = export.load(Path(folder) / "x")
+        ids = np.random.default_rng(0).integers(0, 257, (batch, 8))
+        _, state = runner(ids)
+        first = None
+        ways = {"whole": {"touched": False}, "one buffer": {"aliased": True}, "touched": {"touched": True}}
+        for form, options in ways.items():
+            step = runner.decode_loop(state, batch, **options)
+            tokens = iter(range(10**9))
+            ms = median_ms(lambda step=step, t=tokens: step(ids[:, next(t) % 8]), CPU, repeats, inner=5)  # type: ignore[misc]
+            first = ms if first is None else first
+            what = f"layer, M = {memories}, D = {hidden}"
+            table.add(what=what, form=form, batch=batch, ms=ms, times_first=ms / first, note=note)
