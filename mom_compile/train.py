@@ -440,8 +440,7 @@ class Trainer:
     def _evaluate(self, metrics: TextIO) -> None:
         """Judge the model on the held-out text and keep it in ``out/model`` if it is the best so far."""
         if len(self.data.held_out) > 1:
-            # Eagerly: a graph of the blocks without gradients would take longer to make than to run.
-            with self._autocast(), torch.compiler.set_stance("force_eager"):
+            with self._autocast():
                 result = evaluate(
                     self.model, self.data.held_out, batch_size=self.config.batch_size, seq_len=self.config.seq_len
                 )

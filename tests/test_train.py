@@ -18,6 +18,7 @@ from models import tiny_config
 from mom_compile import MoMForCausalLM
 from mom_compile.cli import main
 from mom_compile.data import TextData, tokenize
+from mom_compile.evaluate import evaluate
 from mom_compile.optim import learning_rate_at, make_adamw, parameter_groups
 from mom_compile.tokenizer import ByteTokenizer
 from mom_compile.train import TrainConfig, Trainer, compiler_problem
@@ -243,6 +244,9 @@ def test_compiled_steps_are_the_eager_ones(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     eager, compiled = make(tmp_path / "eager"), make(tmp_path / "compiled", compile=what, memory="selective")
     assert compiled.compiled
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    evaluate(compiled.model, compiled.data.held_out, batch_size=2, seq_len=7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # evaluation stays eager
     for _ in range(3):
         a, b = eager.train_step(), compiled.train_step()
         assert a.loss == pytest.approx(b.loss, rel=1e-4) and a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
