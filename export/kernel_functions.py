@@ -30,7 +30,7 @@ class Function:
         name: a C identifier.
         operator: what it computes, the ``mom::`` name.
         units: names of the open sizes.
-        limit: up to which first size the pack has kernels.
+        limit: up to which first size the pack has kernels; configurations may depend on it, not on the second.
         run: (units, device) -> makes the operator's launches there, on random inputs.
     """
 
@@ -51,7 +51,7 @@ def functions(config: MoMConfig, dtype: torch.dtype) -> Iterator[Function]:
             yield Function(f"decode_{name}_{rule}", "mom::decode_linear", ("batch",), 4096, run)
         run = partial(_chunk_rule, config, dtype, rule)
         operator = f"mom::chunk_{RULES[rule].op}"
-        yield Function(f"chunk_{rule}", operator, ("chunks", "segments"), 1 << 16, run)
+        yield Function(f"chunk_{rule}", operator, ("segments", "chunks"), 1 << 16, run)
     yield Function("route", "mom::route", ("tokens",), 1 << 20, partial(_route, config))
     if config.use_output_gate:
         run = partial(_gated_rms_norm, config, dtype)
@@ -152,7 +152,7 @@ def _decode_linear(
 
 
 def _chunk_rule(config: MoMConfig, dtype: torch.dtype, rule: str, units: Units, device: torch.device) -> Any:
-    (chunks, segments), new, kind = units, _Inputs(dtype, device), RULES[rule]
+    (segments, chunks), new, kind = units, _Inputs(dtype, device), RULES[rule]
     rows, heads, value_heads = chunks * CHUNK, config.num_heads, config.value_heads
     # The first segments take a chunk each, the last one what is left; without a full chunk there a segment is empty.
     first = torch.arange(segments, dtype=torch.int32, device=device)
