@@ -48,7 +48,9 @@ def functions(config: MoMConfig, dtype: torch.dtype) -> Iterator[Function]:
         yield Function(f"decode_step_{rule}", "mom::decode_step_", ("batch",), 4096, run)
         for name, sizes in _products(config, rule).items():
             run = partial(_decode_linear, config, dtype, *sizes)
-            yield Function(f"decode_{name}_{rule}", "mom::decode_linear", ("batch",), 4096, run)
+            # Larger batches are matrix products of a library.
+            most = decode_linear.MOST_TILE_ROWS if dtype == torch.bfloat16 else decode_linear.MOST_ROWS
+            yield Function(f"decode_{name}_{rule}", "mom::decode_linear", ("batch",), most, run)
         run = partial(_chunk_rule, config, dtype, rule)
         operator = f"mom::chunk_{RULES[rule].op}"
         yield Function(f"chunk_{rule}", operator, ("segments", "chunks"), 1 << 16, run)

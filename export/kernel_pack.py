@@ -157,7 +157,7 @@ def header(kernels: Sequence[tuple[Entry, Binary, str]]) -> str:
         body = "".join(f"    {_c_argument(argument)},\n" for argument in entry.arguments)
         name = lists.setdefault(body, f"mom_arguments_{len(lists)}")
         constants = " ".join(f"{key}={value}" for key, value in entry.variant.constants.items() if value is not None)
-        grid = ", ".join(f"{{{axis.times}, {axis.per}, {axis.unit}}}" for axis in entry.grid)
+        grid = ", ".join(f"{{{axis.base}, {axis.times}, {axis.per}, {axis.unit}}}" for axis in entry.grid)
         rows.append(
             f'    {{"{entry.name}", "{binary.symbol}", "{stem}.cubin", "{stem}.ptx",\n'
             f'     "{constants}",\n'

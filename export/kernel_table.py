@@ -41,21 +41,23 @@ class Linear:
 
 @dataclass(frozen=True)
 class Axis:
-    """Programs along one axis of a grid: ``times * ceil(units[unit] / per)``, or ``times`` where per is 0."""
+    """Programs along one axis of a grid: ``base + times * ceil(units[unit] / per)``, or ``base`` where per is 0."""
 
-    times: int
+    base: int
+    times: int = 0
     per: int = 0
     unit: int = 0
 
     def __call__(self, units: Units) -> int:
-        return self.times * (-(-units[self.unit] // self.per) if self.per else 1)
+        return self.base + (self.times * -(-units[self.unit] // self.per) if self.per else 0)
 
     def text(self, names: Sequence[str]) -> int | str:
         """A number, or a formula in the names of the sizes."""
         if not self.per:
-            return self.times
+            return self.base
         blocks = names[self.unit] if self.per == 1 else f"ceil({names[self.unit]} / {self.per})"
-        return blocks if self.times == 1 else f"{self.times} * {blocks}"
+        blocks = blocks if self.times == 1 else f"{self.times} * {blocks}"
+        return f"{blocks} + {self.base}" if self.base else blocks
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,10 @@ def _entry(function: Function, smallest: int, largest: int, calls: Mapping[Units
     names = call.kernel.arg_names[: len(call.args)]
     types = {name: _type(value) for name, value in zip(names, call.args, strict=True)}
     signature = {name: kind for name, kind in types.items() if kind is not None}
-    constants = {**{name: None for name, kind in types.items() if kind is None}, **call.config.constants}
+    constants = {
+        **{name: None for name, kind in types.items() if kind is None},
+        **call.config.all_constants(overlap=False),
+    }
     kernel = call.kernel.fn.__name__.removesuffix("_kernel")
     label = f"{function.name}.{kernel}"
     config = call.config
@@ -220,14 +225,16 @@ def _linear(values: Mapping[Units, int]) -> Linear:
 
 
 def _axis(values: Mapping[Units, int]) -> Axis:
-    """The formula with the largest block: for a range of one size a constant."""
-    candidates = [Axis(value) for value in set(values.values())][:1]
+    """A constant where it will do, otherwise the formula with the smallest block."""
+    first = next(iter(values))
+    candidates = [Axis(values[first])]
     for unit in range(2):
         for power in range(14):
-            first = next(iter(values))
-            blocks = -(-first[unit] // (1 << power))
-            if blocks and values[first] % blocks == 0:
-                candidates.append(Axis(values[first] // blocks, 1 << power, unit))
+            blocks = {units: -(-units[unit] // (1 << power)) for units in values}
+            other = next((units for units in values if blocks[units] != blocks[first]), None)
+            if other is not None:
+                times = (values[other] - values[first]) // (blocks[other] - blocks[first])
+                candidates.append(Axis(values[first] - times * blocks[first], times, 1 << power, unit))
     for formula in candidates:
         if all(formula(units) == value for units, value in values.items()):
             return formula

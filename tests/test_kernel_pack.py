@@ -121,8 +121,9 @@ def test_formulas() -> None:
     assert Linear(1, (64, 2))((3, 5)) == 203
     assert Linear(0, (64, 0)).text(["chunks"]) == "64 * chunks" and Linear(7).text(["n"]) == 7
     assert Linear(1, (1, 2)).text(["a", "b"]) == "a + 2 * b + 1"
-    assert Axis(3, 16, 1)((0, 17)) == 3 * cdiv(17, 16) and Axis(3).text(["n"]) == 3
-    assert Axis(1, 256).text(["tokens"]) == "ceil(tokens / 256)"
+    assert Axis(0, 3, 16, 1)((0, 17)) == 3 * cdiv(17, 16) and Axis(3).text(["n"]) == 3
+    assert Axis(5, 2, 1)((7, 0)) == 19 and Axis(5, 2, 1).text(["n"]) == "2 * n + 5"
+    assert Axis(0, 1, 256).text(["tokens"]) == "ceil(tokens / 256)"
 
 
 def test_the_header_is_c_and_cpp(pack: Path, tmp_path: Path) -> None:
@@ -208,10 +209,10 @@ def test_the_command_line(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     tiny_model().bfloat16().save_pretrained(checkpoint)
     with pytest.raises(SystemExit):
         main(["export", str(checkpoint), str(tmp_path / "a"), "--to", "kernel"])
-    assert main(["export", str(checkpoint), str(tmp_path / "a"), "--to", "kernels", "--architectures", "sm_90"]) == 2
-    assert "--architectures must be numbers such as 86,90, got sm_90" in capsys.readouterr().err
-    arguments = ["export", str(checkpoint), str(tmp_path / "a"), "--to", "kernels", "--architectures", "90"]
-    assert main(arguments) == 0
+    arguments = ["export", str(checkpoint), str(tmp_path / "a"), "--to", "kernels", "--compute-capability"]
+    assert main([*arguments, "91"]) == 2
+    assert "compute_capabilities must be some of 80, 86, 87, 89, 90, 100, 120" in capsys.readouterr().err
+    assert main([*arguments, "90"]) == 0
     assert re.search(r"a: \d+ kernels for sm_90", capsys.readouterr().out)
     own, other = (read_manifest(folder) for folder in (tmp_path / "a", pack))
     assert own["functions"] == other["functions"] and own["dtype"] == "bfloat16"

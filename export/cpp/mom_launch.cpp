@@ -173,7 +173,7 @@ const mom_kernel *mom_find(mom_pack *pack, const char *name, uint32_t first_unit
 
 uint32_t mom_programs(const mom_kernel *kernel, int axis, const uint32_t units[2]) {
     const mom_axis &a = kernel->grid[axis];
-    return a.per ? a.times * ((units[a.unit] + a.per - 1) / a.per) : a.times;
+    return a.base + (a.per ? a.times * ((units[a.unit] + a.per - 1) / a.per) : 0);
 }
 
 int64_t mom_amount(const mom_argument *argument, const uint32_t units[2]) {

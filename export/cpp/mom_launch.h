@@ -23,9 +23,9 @@ typedef struct {
     int64_t base, per_unit[2];
 } mom_linear;
 
-/* times * ceil(units[unit] / per), or times where per is 0 */
+/* base + times * ceil(units[unit] / per), or base where per is 0 */
 typedef struct {
-    uint32_t times, per, unit;
+    uint32_t base, times, per, unit;
 } mom_axis;
 
 typedef struct {
