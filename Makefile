@@ -38,7 +38,7 @@ test-interpret: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels" $(INTERPRETED)
 
 INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py \
-	tests/test_decode_step.py tests/test_decode_linear.py
+	tests/test_decode_step.py tests/test_decode_linear.py tests/test_guard_bands.py
 
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m slow
