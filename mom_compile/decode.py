@@ -277,8 +277,11 @@ def _fingerprint(model: MoMForCausalLM) -> tuple[tuple[int, int], ...] | None:
 _SESSIONS: weakref.WeakKeyDictionary[MoMForCausalLM, DecodeSession] = weakref.WeakKeyDictionary()
 
 
-def session_for(model: MoMForCausalLM, state: Sequence[LayerState]) -> DecodeSession:
-    """A session that continues from ``state``: the model's last one where it fits, otherwise a new one."""
+def session_for(model: MoMForCausalLM, state: Sequence[LayerState], compile: bool = False) -> DecodeSession:
+    """A session that continues from ``state``: the model's last one where it fits, otherwise a new one.
+
+    With ``compile`` one that is not compiled does not fit; a compiled one always does.
+    """
     first = state[0]
     batch, dtype = first["recurrent_state"].shape[0], first["recurrent_state"].dtype
     conv_dtype = first["conv_state"].dtype if "conv_state" in first else None
@@ -287,10 +290,11 @@ def session_for(model: MoMForCausalLM, state: Sequence[LayerState]) -> DecodeSes
         own = session._state[0]
         same = own["recurrent_state"].dtype == dtype and session.batch_size == batch
         same = same and ("conv_state" not in own or own["conv_state"].dtype == conv_dtype)
+        same = same and (session.compiled or not (compile and has_compiler()))
         if not same or session.stale(model):
             session = None
     if session is None:
-        session = DecodeSession(model, batch, dtype=dtype, conv_dtype=conv_dtype)
+        session = DecodeSession(model, batch, dtype=dtype, conv_dtype=conv_dtype, compile=compile)
     session.load(state)
     _SESSIONS[model] = session
     return session

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .decode import DecodeSession, session_for, supports_session
+from .decode import DecodeSession, has_compiler, session_for, supports_session
 from .sampling import check_sampling
 from .validate import validate_inputs
 
@@ -20,6 +20,9 @@ STOP_INTERVAL = 16
 """Tokens between two looks at whether every row has stopped, on a GPU."""
 PREFILL_TOKENS = 8192
 """Tokens of one prefill call over all rows; longer prompts go through in pieces, which bounds the memory."""
+
+COMPILE_TOKENS = 2000
+"""Tokens from which on a CPU compiles its decode step: compiling takes about as long as a thousand eager steps."""
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -77,8 +80,9 @@ def generate(
         eos_token_id: a row that drew it is filled with it; None: the config's (-1: never stop).
         on_token: called with each step's ``[B]`` ids, for streaming.
         decode: replaces ``model`` in the decode step, such as ``torch.compile(model)``.
-        session: decodes in place of the model; it must be of this model and batch. On a GPU one is made by default
-            (and kept for the next call) where ``decode`` is None and the model allows it.
+        session: decodes in place of the model; it must be of this model and batch. Where ``decode`` is None and the
+            model allows it, one is made by default and kept for the next call: on a GPU always, on a CPU, compiled, for
+            ``COMPILE_TOKENS`` and more.
 
     Returns:
         ``[B, T + new]`` int64; shorter than T + max_new_tokens where every row has stopped.
@@ -113,7 +117,7 @@ def generate(
         logits = rows if logits is None else torch.where(here.unsqueeze(1), rows, logits)
     assert logits is not None
     assert state is not None
-    step = _decoder(model, state, decode, session)
+    step = _decoder(model, state, decode, session, max_new_tokens)
     stop = -1 if eos_token_id is None else eos_token_id
     pieces = [input_ids]
     done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
@@ -142,15 +146,18 @@ def _decoder(
     state: Sequence[LayerState],
     decode: Callable[..., MoMOutput] | None,
     session: DecodeSession | None,
+    new_tokens: int,
 ) -> Callable[[Tensor], Tensor]:
     """``[B]`` ids -> ``[B, vocab_size]`` logits, from ``state`` on."""
     if session is not None:
         session.load(state)
         return session.step
-    autocast = torch.is_autocast_enabled("cuda")
-    own = model.lm_head.weight.is_cuda and model.lm_head.weight.dtype != torch.float64
-    if decode is None and own and not autocast and supports_session(model):
+    weight = model.lm_head.weight
+    own = decode is None and supports_session(model) and not torch.is_autocast_enabled(weight.device.type)
+    if own and weight.is_cuda and weight.dtype != torch.float64:
         return session_for(model, state).step
+    if own and weight.device.type == "cpu" and new_tokens >= COMPILE_TOKENS and has_compiler():
+        return session_for(model, state, compile=True).step
     run, current = decode or model, state
 
     def step(token: Tensor) -> Tensor:

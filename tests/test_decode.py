@@ -8,7 +8,7 @@ from models import VARIANTS, tiny_config, tiny_model, tokens
 from support import ON_GPU, assert_close
 
 from mom_compile import MoMForCausalLM
-from mom_compile.decode import DecodeSession, has_compiler, session_for
+from mom_compile.decode import _SESSIONS, DecodeSession, has_compiler, session_for
 from mom_compile.ops import RULES
 
 TOLERANCE = 2e-5
@@ -151,6 +151,22 @@ def test_generate_with_a_session() -> None:
     eos = int(expected[0, 12])
     expected = model.generate(ids, 12, eos_token_id=eos, decode=model)
     assert torch.equal(model.generate(ids, 12, eos_token_id=eos, session=session), expected)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a graph serves the GPU")
+def test_long_generation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mom_compile.generate.COMPILE_TOKENS", 12)
+    model = tiny_model(num_hidden_layers=1)
+    ids = tokens(2, 9)
+    expected = model.generate(ids, 12, eos_token_id=-1, decode=model)
+    model.generate(ids, 11, eos_token_id=-1)
+    assert model not in _SESSIONS
+    assert torch.equal(model.generate(ids, 12, eos_token_id=-1), expected)
+    session = _SESSIONS[model]
+    assert session.compiled
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(model.generate(ids, 12, eos_token_id=-1), expected)
+    assert _SESSIONS[model] is session
 
 
 @torch.no_grad()
