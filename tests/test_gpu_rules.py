@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_kernels_keep_to_their_buffers(monkeypatch: pytest.MonkeyPatch, key: int
     guarded = _Guarded()
     run, kernels = module._run, set()
 
-    def guarded_run(kernel: object, heads: object, programs: int, *args: object) -> None:
+    def guarded_run(kernel: Any, heads: Any, programs: int, *args: Any) -> None:
         kernels.add(kernel)
         placed = [guarded.place(x) if isinstance(x, Tensor) else x for x in args]
         run(kernel, heads, programs, *placed)
@@ -188,13 +189,14 @@ def test_conv_qkv_keeps_to_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def step() -> list[Tensor]:
         q, k, v, final = ops.conv_qkv(leaves[0], leaves[1], leaves[2], plan, 100, state)
-        grads = torch.autograd.grad(sum(x.float().square().sum() for x in (q, k, v, final)), [*leaves, state])
+        total = torch.stack([x.float().square().sum() for x in (q, k, v, final)]).sum()
+        grads = torch.autograd.grad(total, [*leaves, state])
         return [q, k, v, final, *grads]
 
     expected = step()
     guarded, launch = _Guarded(), module.launch
 
-    def guarded_launch(kernel: object, grid: tuple[int, ...], config: object, *args: object) -> None:
+    def guarded_launch(kernel: Any, grid: tuple[int, ...], config: Any, *args: Any) -> None:
         placed = [guarded.place(x) if isinstance(x, Tensor) else x for x in args]
         launch(kernel, grid, config, *placed)
         for before, after in zip(args, placed, strict=True):

@@ -242,9 +242,10 @@ def test_whole_chunks_stay_in_place() -> None:
     q, k, v, g, beta = (x.requires_grad_() for x in rule_inputs("gated_delta", (2, 128)) if x is not None)
     state = torch.randn(2, 4, 16, 8)
     leaves = [q, k, v, g, beta]
-    actual = ops.chunk_gated_delta_rule(*leaves, initial_state=state)
-    packed = [x.flatten(0, 1).unsqueeze(0) for x in leaves]
-    expected = ops.chunk_gated_delta_rule(*packed, initial_state=state, cu_seqlens=torch.tensor([0, 128, 256]))
+    actual = ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state)
+    pq, pk, pv, pg, pbeta = (x.flatten(0, 1).unsqueeze(0) for x in leaves)
+    bounds = torch.tensor([0, 128, 256])
+    expected = ops.chunk_gated_delta_rule(pq, pk, pv, pg, pbeta, initial_state=state, cu_seqlens=bounds)
     assert torch.equal(actual[0].flatten(0, 1), expected[0][0]) and torch.equal(actual[1], expected[1])
     grad = torch.randn_like(actual[0])
     grads = torch.autograd.grad(actual[0], leaves, grad)
