@@ -26,7 +26,7 @@ def _config(heads: int, head_dim: int, values: int, width: int, choices: int, un
     constants |= {"BLOCK_H": block_h, "BLOCK_K": block_k}
     if unroll:
         constants |= {"CHUNK": CHUNK, "UNROLL": unroll}
-    return Config(constants, num_warps=max(block_h * block_k // 128, 1) if block_h * block_k <= 4096 else 4)
+    return Config(constants, num_warps=max(min(block_h * block_k, 512) // 128, 1))
 
 
 def _programs(count: int, config: Config) -> tuple[int]:

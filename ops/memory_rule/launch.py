@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from .._kernel_variant import SHARED_MEMORY_KB, KernelVariant
@@ -23,6 +25,8 @@ LARGE_KB = 200
 PROCESSORS = 132
 """Thread blocks that the scans aim at: fewer leave processors idle, and each step waits for the one before."""
 MANY = 1 << 20
+FENCED = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
+"""Whether Triton puts the proxy fence between pipelined loads and the products of sm_90 that read them."""
 
 
 class _Heads(NamedTuple):
@@ -43,9 +47,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     ``chains``: segments times heads, of which the scans take blocks of V; the fewer, the narrower (the sums of a
     column do not depend on its block).
 
-    One stage where a product takes two plain loads: Triton 3.6 misses the fence between pipelined loads and the
-    asynchronous products of sm_90. The scans' products each have a computed operand, and so the fence; all but those
-    of the additive rule without a gate.
+    One stage where a product takes two plain loads, unless FENCED. The scans' products each have a computed operand,
+    or follow one that has, and so the fence; all but those of the additive rule without a gate.
     """
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
@@ -70,6 +73,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
         bk, bv = min(key, 128), min(value, 128)
     elif kernel is chunk_bwd_kernel and not large:
         warps = 8  # without asynchronous products its tiles would not fit the registers of four
+    elif kernel is chunk_bwd_kernel and not wide and FENCED:
+        stages = 3
     constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
     if kernel is not chunk_out_kernel:
         constants["HAS_DELTA"] = heads.delta
