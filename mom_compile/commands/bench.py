@@ -106,7 +106,7 @@ def _train(args: argparse.Namespace) -> int:
     shapes = [_shape(text) for text in args.shape or (["8x2048", "1x16384"] if gpu else ["2x64", "1x128"])]
     lengths = args.length
     if lengths is None:
-        lengths = [2**n for n in range(11, 19)] if gpu and not args.quick else []
+        lengths = [2048, 8192, 32768, 131072, 262144] if gpu and not args.quick else []
     shapes += [(1, length) for length in lengths if (1, length) not in shapes]
     options = Options(
         size=args.size or ("512m" if gpu else "tiny"),
