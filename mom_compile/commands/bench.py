@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = kinds.add_parser("train", help="forward + backward of model, layer and operator")
     train.add_argument("--size", help="model (512m; on a CPU tiny)")
     train.add_argument("--shape", nargs="+", metavar="BxT", help="batch x length of the steps (8x2048 1x16384)")
-    train.add_argument("--length", type=int, nargs="*", help="lengths of one sequence as well (2048 8192 ... 262144)")
+    train.add_argument("--length", type=int, nargs="*", help="lengths of one sequence as well (2048 to 262144)")
     train.add_argument("--no-compile", action="store_true", help="run the model eagerly")
     train.add_argument("--quick", action="store_true", help="no further lengths, no operators")
     train.add_argument(
