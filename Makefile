@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install demo test test-interpret test-tensorrt engines test-slow test-gpu check lint types kernels kernels-sm90 bench clean
+.PHONY: help install demo test test-interpret test-tensorrt test-matrix engines test-slow test-gpu check lint types kernels kernels-sm90 lint-ptx bench clean
 
 help:
 	@echo "make demo   train a small model, export it to ONNX, verify it, generate from the exported graph"
@@ -38,7 +38,7 @@ test-interpret: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels and not tensorrt" $(INTERPRETED)
 
 INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py \
-	tests/test_decode_step.py tests/test_decode_linear.py
+	tests/test_decode_step.py tests/test_decode_linear.py tests/test_linear_cross_entropy.py
 
 # TensorRT for RTX (95 MB) and engines built with no GPU; `make engines`: of the demonstration's model.
 TENSORRT := $(VENV)/.tensorrt
@@ -56,6 +56,10 @@ engines: $(TENSORRT)
 		$(BIN)/mom-compile export runs/demo runs/demo-tensorrt-$$precision --to tensorrt --precision $$precision || exit 1; \
 	done
 
+# Every combination of the layer's settings through the export targets; goes on where it was interrupted.
+test-matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/export_matrix.py --jobs 2
+
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m slow
 
@@ -68,6 +72,17 @@ test-gpu: $(STAMP)
 # Every kernel configuration: for sm_90, and for every architecture.
 kernels-sm90: $(STAMP)
 	$(PYTEST) -n auto --dist worksteal -m kernels -k sm90
+
+# The same for another Triton, laid over the environment: make lint-ptx TRITON=3.6.0
+TRITON ?= 3.6.0
+OVER := $(VENV)/triton-$(TRITON)
+lint-ptx: $(STAMP)
+	$(PYTHON) -m venv $(OVER)
+	$(OVER)/bin/python -m pip install --disable-pip-version-check --no-deps triton==$(TRITON)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+		> $$($(OVER)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/environment.pth
+	$(OVER)/bin/python -m pytest -n auto --dist worksteal -k "sm90 and bfloat16" tests/test_kernels_compile.py
+	$(OVER)/bin/python -m pytest tests/test_ptx_lint.py
 
 kernels: $(STAMP)
 	$(PYTEST) -n auto --dist worksteal -m kernels

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .aoti_runner import AotiRunner as AotiRunner
     from .genai_artifact import to_genai as to_genai
     from .kernel_pack import to_kernels as to_kernels
+    from .ladder import verify_all as verify_all
     from .onnx_artifact import to_onnx as to_onnx
     from .onnx_runner import OnnxRunner as OnnxRunner
     from .pt2_artifact import to_pt2 as to_pt2
@@ -38,6 +39,7 @@ _MODULES = {
     "to_triton_server": "triton_server_artifact",
     "to_tensorrt": "tensorrt_artifact",
     "verify": "verification",
+    "verify_all": "ladder",
 }
 __all__ = [*_MODULES]
 

@@ -126,9 +126,16 @@ def _compile(model: MoMForCausalLM, name: str, device: str, path: Path) -> dict[
                     "mom_state": state_inputs(layer_shapes(model.config, 1), state_names(model.config))
                 },
                 "cpp.dynamic_threads": True,  # else the exporting process's number of threads is compiled in
+                **_without_line_tables(),
             },
         )
     return dict(sorted((name, count) for name, count in operators.items() if "::" in name))
+
+
+def _without_line_tables() -> dict[str, bool]:
+    """Smaller packages that name fewer directories of this machine, where this torch has the option."""
+    known = hasattr(torch._inductor.config.aot_inductor, "enable_line_tables")
+    return {"aot_inductor.enable_line_tables": False} if known else {}
 
 
 def _operator(node: torch.fx.Node) -> str:

@@ -48,6 +48,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_json(folder / MANIFEST_FILE, manifest)
 
 
+def update_manifest(folder: Path, **entries: Any) -> None:
+    """Put entries into the manifest of a folder whose files stay as they are."""
+    manifest = {**read_json(folder / MANIFEST_FILE), **entries}
+    manifest["manifest_sha256"] = _body_hash(manifest)
+    staging = folder / f".{MANIFEST_FILE}.new"
+    write_json(staging, manifest)
+    os.replace(staging, folder / MANIFEST_FILE)
+
+
 def is_artifact(directory: str | os.PathLike[str]) -> bool:
     """Whether the folder holds a manifest."""
     return (Path(directory) / MANIFEST_FILE).is_file()

@@ -30,7 +30,7 @@ class Function:
         name: a C identifier.
         operator: what it computes, the ``mom::`` name.
         units: names of the open sizes.
-        limit: up to which first size the pack has kernels.
+        limit: up to which first size the pack has kernels; configurations may depend on it, not on the second.
         run: (units, device) -> makes the operator's launches there, on random inputs.
     """
 
@@ -51,7 +51,7 @@ def functions(config: MoMConfig, dtype: torch.dtype) -> Iterator[Function]:
             yield Function(f"decode_{name}_{rule}", "mom::decode_linear", ("batch",), 4096, run)
         run = partial(_chunk_rule, config, dtype, rule)
         operator = f"mom::chunk_{RULES[rule].op}"
-        yield Function(f"chunk_{rule}", operator, ("chunks", "segments"), 1 << 16, run)
+        yield Function(f"chunk_{rule}", operator, ("segments", "chunks"), 1 << 16, run)
     yield Function("route", "mom::route", ("tokens",), 1 << 20, partial(_route, config))
     if config.use_output_gate:
         run = partial(_gated_rms_norm, config, dtype)
@@ -103,26 +103,34 @@ def _decode_step(config: MoMConfig, dtype: torch.dtype, rule: str, units: Units,
         config.topk,
         config.shared_mem,
         config.head_dim**-0.5,
+        new(config.value_dim),
+        new(batch, 1, config.value_heads, config.value_dim) if config.use_output_gate else None,
+        config.norm_eps,
     )
 
 
 def _products(config: MoMConfig, rule: str) -> dict[str, tuple[Any, ...]]:
-    """Per linear layer of a decode step: input form, features, outputs, outputs in float32, added in place."""
+    """Per linear layer of a decode step: norm (2: with its weight apart), SwiGLU, features, outputs,
+    outputs in float32, added in place.
+
+    The weights behind another norm are expected to have its weight multiplied into their columns.
+    """
     keys, values, width = config.num_heads * config.head_dim, config.value_heads * config.value_dim, config.hidden_size
     gate = values if config.use_output_gate else 0
     return {
-        "input": ("rms_norm", width, keys + _groups(config) * (keys + values) + gate, _small_outputs(config, rule), 0),
-        "output": ("gated_rms_norm", values, width, 0, 1),
-        "mlp_in": ("rms_norm", width, 2 * config.mlp_size, 0, 0),
-        "mlp_out": ("swiglu", config.mlp_size, width, 0, 1),
-        "head": ("rms_norm", width, config.vocab_size, 0, 0),
+        "input": (1, 0, width, keys + _groups(config) * (keys + values) + gate, _small_outputs(config, rule), 0),
+        "output": (0, 0, values, width, 0, 1),
+        "mlp_in": (1, 1, width, config.mlp_size, 0, 0),
+        "mlp_out": (0, 0, config.mlp_size, width, 0, 1),
+        "head": (2, 0, width, config.vocab_size, 0, 0),
     }
 
 
 def _decode_linear(
     config: MoMConfig,
     dtype: torch.dtype,
-    input: str,
+    norm: int,
+    swiglu: int,
     features: int,
     outputs: int,
     small: int,
@@ -131,22 +139,20 @@ def _decode_linear(
     device: torch.device,
 ) -> Any:
     batch, new = units[0], _Inputs(dtype, device)
-    gated = input == "gated_rms_norm"
-    norm = config.value_dim if gated else features
     return decode_linear.decode_linear(
-        new(batch, features * (2 if input == "swiglu" else 1)),
-        new(outputs, features),
-        None if input == "swiglu" else new(norm),
-        new(batch, features) if gated and config.use_output_gate else None,
+        new(batch, features),
+        new(outputs * (1 + swiglu), features),
+        new(features) if norm == 2 else None,
         new.wide(small, features) if small else None,
-        input,
+        bool(norm),
+        bool(swiglu),
         config.norm_eps,
         new(batch, outputs) if added else None,
     )
 
 
 def _chunk_rule(config: MoMConfig, dtype: torch.dtype, rule: str, units: Units, device: torch.device) -> Any:
-    (chunks, segments), new, kind = units, _Inputs(dtype, device), RULES[rule]
+    (segments, chunks), new, kind = units, _Inputs(dtype, device), RULES[rule]
     rows, heads, value_heads = chunks * CHUNK, config.num_heads, config.value_heads
     # The first segments take a chunk each, the last one what is left; without a full chunk there a segment is empty.
     first = torch.arange(segments, dtype=torch.int32, device=device)

@@ -25,7 +25,7 @@ from .writing import package_versions, schemas_sha256
 ARCHITECTURES = (80, 86, 87, 89, 90, 120)
 """Compute capabilities times ten that a pack holds by default."""
 HEADER = "mom_kernels.h"
-LAUNCHER = ("mom_launch.h", "mom_launch.cpp")
+SOURCES = ("mom_launch.h", "mom_launch.cpp", "mom_plugin.cpp")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i32": 4, "i64": 8, "u8": 1}
 _KINDS = {"i32": "MOM_INT32", "fp32": "MOM_FLOAT32"}
@@ -41,8 +41,8 @@ def to_kernels(
     The folder holds, per architecture, a cubin and the PTX of each kernel (the decode step, its linear layers, routing,
     the gated norm and the chunked rule of prefill); ``mom_kernels.h``, a C header with the launch table: symbol, grid
     formula, threads, shared memory, arguments in order with types and sizes, constants; ``mom_launch.h`` and
-    ``mom_launch.cpp``, a launcher on the CUDA driver API; and ``manifest.json``. Grid and sizes are formulas in the
-    batch, tokens or chunks.
+    ``mom_launch.cpp``, a launcher on the CUDA driver API; ``mom_plugin.cpp``, the decode step as a TensorRT plugin; and
+    ``manifest.json``. Grid and sizes are formulas in the batch, tokens or chunks.
 
     Args:
         model: its sizes, rules and dtype (float32, bfloat16 or float16) are compiled in; its weights are not written.
@@ -65,7 +65,7 @@ def to_kernels(
             for function in listed:
                 kernels += _compile(staging, function, architecture)
         (staging / HEADER).write_text(header(kernels), encoding="utf-8")
-        for name in LAUNCHER:
+        for name in SOURCES:
             source = resources.files(__package__ or "").joinpath("cpp", name)
             (staging / name).write_bytes(source.read_bytes())
         manifest = {

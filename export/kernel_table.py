@@ -17,7 +17,7 @@ from ..ops._kernel_variant import KernelVariant
 from ..ops._launch import Launch, instead_of_launches, pointer
 from .kernel_functions import Function, Units
 
-OTHER_SIZES = (1, 2, 3, 17)
+OTHER_SIZES = (1, 2, 3, 17, 4096)
 """Second sizes at which a function is recorded."""
 
 

@@ -81,6 +81,24 @@ def linear_attention(
     return o.unflatten(2, (heads, value_dim)), final_state
 
 
+def causal_conv(x: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+    """A depthwise convolution over ``[B, C, W-1 + T]`` as one com.microsoft::CausalConvWithState node (version 1).
+
+    Its own new state is left unused: where tokens of a memory end is known to the layer alone.
+    """
+    width = weight.shape[2]
+    past, new = x[:, :, : width - 1], x[:, :, width - 1 :]
+    y, _ = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::CausalConvWithState",
+        (new, weight, None, past),
+        {"activation": "none"},
+        dtypes=(torch.float32, torch.float32),
+        shapes=(new.shape, past.shape),
+        version=1,
+    )
+    return y
+
+
 def one_token(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -239,14 +257,17 @@ def _rule_lowering(rule: Rule, lowering: RuleLowering) -> Lowering:
 
 def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     """Operator -> replacement, under the overload and under its packet: Python code calls either."""
-    whole = {"onnxruntime": linear_attention, "aoti": looped}.get(target, chunked)
-    rule_lowering = one_token if decode and target != "onnxruntime" else whole
+    node = target in ("onnxruntime", "opset27")
+    whole = linear_attention if node else looped if target == "aoti" else chunked
+    rule_lowering = one_token if decode and not node else whole
     route = _route_by_sort if target == "aoti" else _route
     table: dict[Any, Lowering] = {torch.ops.mom.route: route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
     table |= {packet.default: replacement for packet, replacement in table.items()}
-    return table if target == "aoti" else {**table, torch.conv1d: _conv1d}
+    if target != "aoti":
+        table[torch.conv1d] = causal_conv if target == "opset27" else _conv1d
+    return table
 
 
 @contextmanager

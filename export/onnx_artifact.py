@@ -23,17 +23,20 @@ from ..model import MoMForCausalLM
 from ..mom_attention import Form
 from ._onnxruntime import require_onnxruntime
 from .lowerings import lowerings
-from .onnx_runner import TOUCHED_GRAPH
+from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
 from .precision import TOLERANCES, check_precision, lower_precision
-from .program import export_program, state_names, touched_names
+from .program import export_forced, export_program, state_names, touched_names
 from .structure import describe_graph
 from .writing import package_versions, write_artifact
 
 if TYPE_CHECKING:
+    from ..data import TokenStream
     from ..report import Report
 
-TARGETS = ("onnxruntime", "portable")
+TARGETS = ("onnxruntime", "portable", "opset27")
 OPSET = 20
+# The exporter's newest; LinearAttention and CausalConvWithState became standard operators in the one after it.
+NEWEST_OPSET = 26
 WEIGHTS_FILE = "weights.bin"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 RUN_FILES = {"run.py": "run_template.py", "run.cpp": "cpp/run.cpp"}
@@ -48,6 +51,7 @@ def to_onnx(
     tokenizer: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     precision: str = "float32",
+    text: TokenStream | None = None,
 ) -> Report:
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
@@ -64,12 +68,17 @@ def to_onnx(
     Args:
         model: exported in float32; not changed.
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
-        target: ``onnxruntime`` (com.microsoft::LinearAttention, fast) or ``portable`` (standard operators only).
+        target: ``onnxruntime`` (com.microsoft::LinearAttention, fast), ``portable`` (standard operators only) or
+            ``opset27`` (standard operators, LinearAttention and CausalConvWithState of opset 27 among them).
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of logits and states against the PyTorch model. None: 1e-4; below float32,
-            with the same routing, 2e-2 for float16 and int8, 0.3 for int4.
-        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone). Inputs, outputs,
-            states, the router's projection and the log decay are float32 in all of them.
+            2e-2 for the logits with the same routing. A model of random weights does not keep within that in int4.
+        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone; in int4
+            some have 8 bits). Inputs, outputs, states, the router's projection and the log decay are float32 in
+            all of them. Below float32 there is also ``prefill_forced.onnx``, a prefill that takes the routing as
+            ``router_indices.{i}`` ``[B, T, k]``, for verification.
+        text: a text that the model was not trained on: its bits per byte are verified as well, and below float32 the
+            logits on it in place of random tokens, on which a trained model answers noise.
 
     Returns:
         What was compared, with the errors; see :class:`mom_compile.report.Report`.
@@ -95,12 +104,12 @@ def to_onnx(
             "kind": "onnx",
             "target": target,
             "precision": precision,
-            "graphs": graph_files(exact.config, target),
+            "graphs": graph_files(exact.config, target, precision),
             "io": graphs,
             "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
         }
 
-    return write_artifact(model, directory, tokenizer, tolerance, write_files)
+    return write_artifact(model, directory, tokenizer, tolerance, write_files, text)
 
 
 def check_onnx_packages() -> ModuleType:
@@ -147,7 +156,7 @@ class _Weights:
 
 def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: str) -> dict[str, Any]:
     """The graphs and their weights; returns their description for the manifest."""
-    files = graph_files(model.config, target)
+    files = graph_files(model.config, target, precision)
 
     def make(name: str) -> Any:
         return lower_precision(_graph(model, target, name), precision)
@@ -155,10 +164,15 @@ def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: s
     return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
 
 
-def graph_files(config: MoMConfig, target: str) -> dict[str, str]:
-    """Graph name -> file. The touched decode is for onnxruntime, where a token leaves some memories alone."""
-    touched = target == "onnxruntime" and config.topk < config.num_memories
-    return {**GRAPHS, **({TOUCHED_GRAPH: f"{TOUCHED_GRAPH}.onnx"} if touched else {})}
+def graph_files(config: MoMConfig, target: str, precision: str = "float32") -> dict[str, str]:
+    """Graph name -> file.
+
+    The touched decode is for onnxruntime, where a token leaves some memories alone; the prefill whose routing is given
+    is for the verification of what is below float32.
+    """
+    names = [TOUCHED_GRAPH] if target == "onnxruntime" and config.topk < config.num_memories else []
+    names += [FORCED_GRAPH] if precision != "float32" else []
+    return {**GRAPHS, **{name: f"{name}.onnx" for name in names}}
 
 
 def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]]]) -> dict[str, Any]:
@@ -188,32 +202,55 @@ def standard_graph(model: MoMForCausalLM, name: str) -> Any:
 
 def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:
     """One graph as an onnx_ir model."""
-    decode, touched = name != "prefill", name == TOUCHED_GRAPH
+    decode, touched = name.startswith("decode"), name == TOUCHED_GRAPH
+    table = lowerings(target, decode)
     with quiet():
         form: Form = "dense" if decode and target == "tensorrt" else "portable"
-        program = export_program(model, decode, lowerings(target, decode), touched, form)
+        forced = name == FORCED_GRAPH
+        program = export_forced(model, table) if forced else export_program(model, decode, table, touched, form)
     states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
     present = states
     if touched:
         parts = touched_names(model.config).values()
         present = [f"{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in parts]
-    inputs = {"input_ids": None if decode else "sequence", **dict.fromkeys(f"past_key_values.{n}" for n in states)}
-    outputs = {"logits": None if decode else "sequence", **dict.fromkeys(f"present.{n}" for n in present)}
-    return convert(program, inputs, outputs)
+    length = None if decode else "sequence"
+    inputs = {"input_ids": length}
+    if name == FORCED_GRAPH:
+        inputs |= {f"router_indices.{layer}": length for layer in range(model.config.num_hidden_layers)}
+    inputs |= dict.fromkeys(f"past_key_values.{n}" for n in states)
+    outputs = {"logits": length, **dict.fromkeys(f"present.{n}" for n in present)}
+    if target != "opset27":
+        return convert(program, inputs, outputs)
+    result = convert(program, inputs, outputs, NEWEST_OPSET)
+    _standardise(result)
+    return result
+
+
+def _standardise(model: Any) -> None:
+    """Give com.microsoft's LinearAttention and CausalConvWithState the names of opset 27, which mean the same."""
+    for node in model.graph.all_nodes():
+        if node.domain == "com.microsoft":
+            node.domain = ""
+            node.version = None
+    model.opset_imports.clear()
+    model.opset_imports[""] = NEWEST_OPSET + 1
 
 
 def convert(
-    program: torch.export.ExportedProgram, inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]
+    program: torch.export.ExportedProgram,
+    inputs: Mapping[str, str | None],
+    outputs: Mapping[str, str | None],
+    opset: int = OPSET,
 ) -> Any:
     """An exported program as an onnx_ir model.
 
     ``inputs`` and ``outputs``: name -> name of the symbolic axis 1, None where that axis is fixed. Axis 0 is the batch.
     """
-    with quiet():
+    with quiet(), _linear_rewriting():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,
@@ -295,6 +332,27 @@ def _graphs(graph: Any) -> Iterator[Any]:
         for attribute in node.attributes.values():
             if attribute.type.name == "GRAPH":
                 yield from _graphs(attribute.as_graph())
+
+
+@contextmanager
+def _linear_rewriting() -> Iterator[None]:
+    """Without the optimizer's rules that match several nodes at once: each scans the whole graph for every node.
+
+    There is one, SlicesSplit, of no use here; with it a graph of 24 layers takes longer than all the rest of an export.
+    """
+    from onnxscript import rewriter
+
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+    if rules is None:
+        yield
+        return
+    patterns = [getattr(rule, "_target_pattern", None) for rule in rules]
+    kept = [rule for rule, p in zip(rules, patterns, strict=True) if p is None or p.has_single_output_node]
+    rewriter._DEFAULT_REWRITE_RULES = type(rules)(kept)
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ._onnxruntime import require_onnxruntime
 from .runner import Runner, State, Step
 
 TOUCHED_GRAPH = "decode_touched"
+FORCED_GRAPH = "prefill_forced"
 
 
 class OnnxRunner(Runner):
@@ -28,16 +29,22 @@ class OnnxRunner(Runner):
         super().__init__(folder, manifest)
         self._runtime = require_onnxruntime()
         self._providers = list(providers or ["CPUExecutionProvider"])
+        self._on_gpu = self._providers != ["CPUExecutionProvider"]
+        self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
         self._sessions: dict[str, Any] = {}
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
+            if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu:
+                # Packing would put a private copy of every weight into each session; without it all of them map the one
+                # file, and products of float32 are no slower. Those of 8 and 4 bits need it.
+                options.add_session_config_entry("session.disable_prepacking", "1")
             try:
-                self._sessions[name] = self._runtime.InferenceSession(
-                    self._model(name), options, providers=self._providers
-                )
+                self._sessions[name] = self._create_session(name, options)
+            except (ImportError, ValueError):  # ours; those of onnxruntime are neither
+                raise
             except Exception as error:
                 raise ValueError(
                     f"{self.manifest['graphs'][name]} must open in onnxruntime {self._runtime.__version__}, got "
@@ -46,6 +53,9 @@ class OnnxRunner(Runner):
                 ) from error
             self._check_session(self._sessions[name], name)
         return self._sessions[name]
+
+    def _create_session(self, name: str, options: Any) -> Any:
+        return self._runtime.InferenceSession(self._model(name), options, providers=self._providers)
 
     def _model(self, name: str) -> str:
         """The file of a graph."""
@@ -73,6 +83,35 @@ class OnnxRunner(Runner):
     def _run(self, ids: NDArray[np.int64], state: State, **inputs: Any) -> tuple[Any, State]:
         session = self._session(self._graph_name(ids.shape[1]))
         logits, *present = session.run(self._outputs(), {**self._inputs(ids), **self._feeds(state), **inputs})
+        return logits, self._state(present)
+
+    def run_forced(self, input_ids: Any, router_indices: Sequence[Any], state: Any = None) -> tuple[Any, State]:
+        """As calling the runner, with the routing given: what is below float32 is compared on the model's own routing.
+
+        Args:
+            input_ids: ``[B, T]``.
+            router_indices: per layer ``[B, T, k]`` int64 in [0, M).
+            state: as there.
+
+        Raises:
+            ValueError: the artifact has no such graph; shapes or dtypes that do not fit.
+        """
+        if FORCED_GRAPH not in self.manifest["graphs"]:
+            raise ValueError(
+                f"router_indices must be None for this artifact, got some; it has no {FORCED_GRAPH} graph, which "
+                "exports below float32 have"
+            )
+        ids = self._check_ids(input_ids)
+        indices = [np.ascontiguousarray(layer, np.int64) for layer in router_indices]
+        expected = [(*ids.shape, self.config.topk)] * self.config.num_hidden_layers
+        if [layer.shape for layer in indices] != expected:
+            raise ValueError(
+                f"router_indices must be [B, T, k] = {expected[0]} for each of {len(expected)} layers, got "
+                f"{', '.join(str(layer.shape) for layer in indices)}; pass one choice per token and rank"
+            )
+        inputs = {f"router_indices.{layer}": value for layer, value in enumerate(indices)}
+        session, state = self._session(FORCED_GRAPH), self._check_state(len(ids), state)
+        logits, *present = session.run(self._outputs(), {"input_ids": ids, **inputs, **self._feeds(state)})
         return logits, self._state(present)
 
     def _graph_name(self, length: int) -> str:
@@ -113,22 +152,23 @@ class OnnxRunner(Runner):
         """As :meth:`Runner.decode_loop`.
 
         Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
-        ``aliased``: one set, in which every present state overwrites its past. ``touched``: one set, of which only the
-        memories that a token selected are written; None: where the artifact has that graph and the CPU runs it.
+        ``aliased``: one set, in which every present state overwrites its past; a CUDA graph (the CUDA provider's option
+        ``enable_cuda_graph``) wants that. ``touched``: one set, of which only the memories that a token selected are
+        written; None: where the artifact has that graph and the CPU runs it. On the CUDA provider the whole states stay
+        on the device.
         """
         if touched is None:
-            touched = self.has_touched_decode and not aliased and self._providers == ["CPUExecutionProvider"]
+            touched = self.has_touched_decode and not aliased and not self._on_gpu
         if touched:
             return self._touched_loop(state, batch_size)
-        session, runtime = self._session(self._graph_name(1)), self._runtime
+        session = self._session(self._graph_name(1))
         feeds = self._feeds(self._check_state(batch_size, state))
         sets = [
-            {name: runtime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feeds.items()}
-            for _ in range(1 if aliased else 2)
+            {name: self._ort_value(array.copy()) for name, array in feeds.items()} for _ in range(1 if aliased else 2)
         ]
         ids = np.zeros((batch_size, 1), np.int64)
-        inputs = {name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in self._inputs(ids).items()}
-        logits = runtime.OrtValue.ortvalue_from_shape_and_type([batch_size, 1, self.config.vocab_size], np.float32)
+        inputs = {name: self._ort_value(value) for name, value in self._inputs(ids).items()}
+        logits = self._ort_value(np.zeros((batch_size, 1, self.config.vocab_size), np.float32))
         bindings = []
         for source, target in ((sets[0], sets[-1]), (sets[-1], sets[0])):
             binding = session.io_binding()
@@ -148,6 +188,10 @@ class OnnxRunner(Runner):
             return logits.numpy()[:, 0]
 
         return step
+
+    def _ort_value(self, array: NDArray[Any]) -> Any:
+        """A copy on the provider's device; on the CPU the memory of the array itself."""
+        return self._runtime.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
     def decode_ways(self) -> dict[str, dict[str, Any]]:
         """As :meth:`Runner.decode_ways`."""

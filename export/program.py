@@ -69,13 +69,24 @@ class StateProgram(nn.Module):
         """input_ids ``[B, T]``, past as :func:`flat_shapes`; logits ``[B, T, vocab_size]``."""
         return self.run(input_ids, past, None)
 
-    def run(self, input_ids: Tensor, past: list[Tensor], valid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """:meth:`forward` with an optional mask ``[B, T]``."""
-        logits, present = self.run_form(input_ids, past, valid, self.form)
+    def run(
+        self,
+        input_ids: Tensor,
+        past: list[Tensor],
+        valid: Tensor | None,
+        router_indices: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`forward` with an optional mask ``[B, T]``, and optional choices ``[B, T, k]`` per layer."""
+        logits, present = self.run_form(input_ids, past, valid, self.form, router_indices)
         return logits, [present[layer][name].flatten(1, 2).float() for layer, name in self.names]
 
     def run_form(
-        self, input_ids: Tensor, past: list[Tensor], valid: Tensor | None, form: Form
+        self,
+        input_ids: Tensor,
+        past: list[Tensor],
+        valid: Tensor | None,
+        form: Form,
+        router_indices: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Sequence[Mapping[str, Tensor]]]:
         """The model in one of its forms, with the lowerings; the states as the form gives them."""
         memories = self.model.config.total_memories
@@ -83,7 +94,9 @@ class StateProgram(nn.Module):
         for (layer, name), tensor in zip(self.names, past, strict=True):
             state[layer][name] = tensor.unflatten(1, (memories, -1))
         with _Replace(self.lowerings):
-            out = self.model(input_ids, state=tuple(state), attention_mask=valid, form=form)
+            out = self.model(
+                input_ids, state=tuple(state), attention_mask=valid, router_indices=router_indices, form=form
+            )
         assert out.logits is not None
         return out.logits.float(), out.state
 
@@ -100,6 +113,16 @@ class TouchedProgram(StateProgram):
             for values in present
             for name in names.values()
         ]
+
+
+class ForcedProgram(StateProgram):
+    """The prefill with the routing given, for verification: below float32 a router rightly chooses otherwise."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, router_indices: list[Tensor], past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input_ids ``[B, T]``, router_indices ``[B, T, k]`` int64 per layer."""
+        return self.run(input_ids, past, None, router_indices)
 
 
 def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tensor, list[Tensor]]:
@@ -143,6 +166,18 @@ def export_program(
     shapes = (ids_shape, [{0: DYNAMIC_BATCH}] * len(past))
     program = TouchedProgram if touched else StateProgram
     return trace(program(model.eval(), lowerings, form), (ids, past), shapes)
+
+
+def export_forced(model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]]) -> torch.export.ExportedProgram:
+    """The torch.export program of a prefill whose routing is given, see ForcedProgram."""
+    config = model.config
+    ids, past = example_inputs(model, EXAMPLE_BATCH, EXAMPLE_LENGTH)
+    chosen = torch.arange(config.topk, device=ids.device).expand(*ids.shape, config.topk).contiguous()
+    # Tensors of their own: the exporter takes equal objects for one input.
+    indices = [chosen.clone() for _ in range(config.num_hidden_layers)]
+    tokens = {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
+    shapes = (tokens, [tokens] * len(indices), [{0: DYNAMIC_BATCH}] * len(past))
+    return trace(ForcedProgram(model.eval(), lowerings), (ids, indices, past), shapes)
 
 
 def trace(program: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:

@@ -15,6 +15,7 @@ TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
     "triton-server": STANDARD_DOMAINS,
     "tensorrt": STANDARD_DOMAINS,
+    "opset27": STANDARD_DOMAINS,
     "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft"),
 }
 
@@ -39,8 +40,9 @@ def expected_io(
     Args:
         config: of the model.
         shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
-        graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone, or GenAI's
-            ``model``, which has an attention mask and always a ``conv_state``.
+        graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone,
+            ``prefill_forced``, which takes the routing, or GenAI's ``model``, which has an attention mask and always a
+            ``conv_state``.
     """
     length: int | str = 1 if graph.startswith("decode") else "sequence"
     flat = {name: (shape[0] * shape[1], *shape[2:]) for name, shape in shapes.items()}
@@ -67,6 +69,11 @@ def expected_io(
         }
         present["touched_index"] = (selected,)
     inputs: list[dict[str, Any]] = [{"name": "input_ids", "dtype": "int64", "shape": ["batch", length]}]
+    if graph == "prefill_forced":
+        inputs += [
+            {"name": f"router_indices.{layer}", "dtype": "int64", "shape": ["batch", length, config.topk]}
+            for layer in range(config.num_hidden_layers)
+        ]
     if graph == "model":
         inputs.append({"name": "attention_mask", "dtype": "int64", "shape": ["batch", "total_sequence"]})
     return {
@@ -109,6 +116,12 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
         if foreign:
             raise ValueError(f"{file} must hold operators of {allowed} alone, got {', '.join(foreign)}; export again")
         problem = late_reader(onnx.load(str(path), load_external_data=False).graph)
+        for part in ("opsets", "operators"):
+            if description[part] != manifest["io"][name][part]:
+                raise ValueError(
+                    f"{file} must have the {part} in manifest.json {manifest['io'][name][part]}, got "
+                    f"{description[part]}; export again"
+                )
         if problem is not None:
             raise ValueError(
                 f"{file} must read a past state only before it writes its present one, got {problem}; a runtime that "

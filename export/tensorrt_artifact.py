@@ -15,6 +15,7 @@ import torch
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ._tensorrt import DEFAULT_COMPUTE_CAPABILITIES, check_compute_capabilities, require_tensorrt
+from ._tensorrt_provider import provider_options
 from .budget import budget
 from .jetpack import PROFILES, build_script, check_parser_operators, quantize_weights
 from .onnx_artifact import GRAPHS, _graph, check_onnx_packages, save_graphs
@@ -112,6 +113,9 @@ def to_tensorrt(
             "engines": engines,
             "compute_capabilities": list(capabilities),
             "ranges": shapes.to_dict(),
+            "provider_options": {
+                name: provider_options(shapes.shapes(description["inputs"])) for name, description in io.items()
+            },
             "budget": budget(exact.config, precision, touched=TOUCHED_GRAPH in engines),
             "versions": versions,
         }

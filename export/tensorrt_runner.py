@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .._extras import require
 from ._tensorrt import require_tensorrt
+from ._tensorrt_provider import PROVIDER, provider_session
 from .onnx_runner import TOUCHED_GRAPH, OnnxRunner
 from .runner import Runner, State, Step
 from .tensorrt_shapes import check_batch
@@ -26,8 +27,16 @@ def open_tensorrt(folder: Path, manifest: Mapping[str, Any], **options: Any) -> 
 
 
 class GraphRunner(OnnxRunner):
-    """The graphs of a TensorRT artifact in onnxruntime; on the CPU those of bfloat16 with float32 activations, as its
-    CPU provider has no bfloat16."""
+    """The graphs of a TensorRT artifact in onnxruntime: on its TensorRT-RTX provider alone, or on others.
+
+    On the CPU those of bfloat16 have float32 activations, as its CPU provider has no bfloat16.
+    """
+
+    def _create_session(self, name: str, options: Any) -> Any:
+        if self._providers != [PROVIDER]:
+            return super()._create_session(name, options)
+        settings = self.manifest["provider_options"][name]
+        return provider_session(self._runtime, super()._model(name), options, settings)
 
     def _model(self, name: str) -> str:
         if self.manifest["precision"] != "bfloat16" or self._providers != ["CPUExecutionProvider"]:

@@ -21,6 +21,7 @@ from ..tokenizer import BYTE_VOCAB_SIZE
 from .artifact import is_artifact, write_manifest
 
 if TYPE_CHECKING:
+    from ..data import TokenStream
     from ..report import Report
 
 
@@ -30,6 +31,7 @@ def write_artifact(
     tokenizer: str | os.PathLike[str] | None,
     tolerance: float,
     write_files: Callable[[MoMForCausalLM, Path], Mapping[str, Any]],
+    text: TokenStream | None = None,
 ) -> Report:
     """Write an artifact folder that appears only when it agrees with the model.
 
@@ -39,10 +41,12 @@ def write_artifact(
         tokenizer: a ``tokenizer.json`` to put into the folder. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of logits and states.
         write_files: (model, folder) -> the target's own entries of the manifest: kind, target, graphs, io, versions.
+        text: of the kind that the model knows, to verify on as well.
 
     Raises:
         ValueError: a folder that holds something else, or an artifact that missed its tolerance.
     """
+    from .text_verification import HeldOut
     from .verification import record_reference, verify_folder
 
     folder = Path(directory)
@@ -52,7 +56,8 @@ def write_artifact(
     with atomic_directory(folder, keep=False) as staging:
         kind = _write_tokenizer(staging, tokenizer, model.config.vocab_size)
         entries = dict(write_files(exact, staging))
-        record_reference(exact, staging, entries.get("precision", "float32"))
+        held_out = None if text is None else HeldOut(exact, text)
+        record_reference(exact, staging, entries.get("precision", "float32"), held_out)
         versions = {
             **package_versions("mom-compile", "torch"),
             "python": platform.python_version(),
@@ -71,7 +76,7 @@ def write_artifact(
             **entries,
         }
         write_manifest(staging, manifest)
-        report = verify_folder(staging, exact, tolerance)
+        report = verify_folder(staging, exact, tolerance, held_out)
         if not report.passed:
             raise ValueError(
                 f"the artifact must agree with the model to {tolerance:g}, got\n{report}\n"

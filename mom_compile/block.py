@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import MoMConfig
+from .memory_policy import MemoryPolicy, run_with_policy
 from .mom_attention import Form, MoMAttention
-from .state import LayerState
+from .state import LayerState, layer_shapes
 
 
 class SwiGLU(nn.Module):
@@ -29,7 +30,11 @@ class SwiGLU(nn.Module):
 
 
 class MoMBlock(nn.Module):
-    """``x + attn(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + attn(norm(x))``, then ``x + mlp(norm(x))``.
+
+    Attributes:
+        memory_policy: what training keeps for the backward, see :mod:`mom_compile.memory_policy`.
+    """
 
     def __init__(self, config: MoMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -37,6 +42,7 @@ class MoMBlock(nn.Module):
         self.attn = MoMAttention(config, layer_idx)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.memory_policy: MemoryPolicy = "auto"
 
     def forward(
         self,
@@ -48,6 +54,20 @@ class MoMBlock(nn.Module):
         form: Form | None = None,
     ) -> tuple[Tensor, LayerState, Tensor | None]:
         """As :meth:`MoMAttention.forward`."""
-        y, new_state, logits = self.attn(self.attn_norm(x), state, attention_mask, cu_seqlens, router_indices, form)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), new_state, logits
+        names = tuple(layer_shapes(self.attn.config, 1))
+
+        def plain(x: Tensor) -> tuple[Tensor, LayerState, Tensor | None]:
+            y, new_state, logits = self.attn(self.attn_norm(x), state, attention_mask, cu_seqlens, router_indices, form)
+            x = x + y
+            return x + self.mlp(self.mlp_norm(x)), new_state, logits
+
+        def flat(x: Tensor) -> tuple[Tensor, ...]:
+            x, new_state, logits = plain(x)
+            tensors = (x, *(new_state[name] for name in names))
+            return tensors if logits is None else (*tensors, logits)
+
+        if not self.training or form not in (None, "packed"):
+            return plain(x)
+        random = self.attn.custom_router is not None
+        x, *rest = run_with_policy(self.memory_policy, flat, x, random=random)
+        return x, dict(zip(names, rest, strict=False)), rest[-1] if len(rest) > len(names) else None

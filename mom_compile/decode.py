@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from . import decode_inline
 from .ops import decode_linear, decode_linear_, decode_step_
 from .projections import small_weights, split_small
 from .state import LayerState, State, check_state
@@ -22,17 +24,40 @@ WARM_UP_STEPS = 2
 
 
 class _Layer(NamedTuple):
-    """A block's weights as its decode step reads them."""
+    """A block's weights as its decode step reads them; those behind a norm are multiplied by its weight."""
 
     attention: MoMAttention
-    attn_norm: Tensor
     wide: Tensor  # q, keys and values of every memory, output gate
     small: Tensor  # router, beta, decay: float32
     o_norm: Tensor
     o_proj: Tensor
-    mlp_norm: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+class _Operators(NamedTuple):
+    """What a step is made of."""
+
+    linear: Callable[..., tuple[Tensor, Tensor | None]]
+    linear_: Callable[..., None]
+    step_: Callable[..., Tensor]
+
+
+_OPERATORS = _Operators(decode_linear, decode_linear_, decode_step_)
+_INLINE = _Operators(decode_inline.decode_linear, decode_inline.decode_linear_, decode_inline.decode_step_)
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU; warns, once, where it does not."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # the class differs between versions
+        warnings.warn(f"decoding stays eager: torch.compile finds no C++ compiler ({error}); install g++", stacklevel=3)
+        return False
+    return True
 
 
 def supports_session(model: MoMForCausalLM) -> bool:
@@ -54,7 +79,8 @@ class DecodeSession:
         batch_size: sequences, at least 1.
         dtype: of the recurrent state, as for ``model.init_state``.
         conv_dtype: of the convolution's state, by default that of the parameters.
-        compile: run the step through ``torch.compile`` (for CPUs; the first step compiles).
+        compile: run the step as one graph of ``torch.compile`` (for CPUs; only the first step compiles).
+            Without a C++ compiler the step stays eager and a warning says so.
         graph: capture a CUDA graph; None: on a GPU.
 
     Raises:
@@ -95,9 +121,14 @@ class DecodeSession:
                 )
             self._state: State = state
             self._ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.compiled = compile and has_compiler()
+            self._operators = _INLINE if self.compiled and device.type == "cpu" else _OPERATORS
             self._step: Callable[[], Tensor] = self._run
-            if compile:
-                self._step = torch.compile(self._run, fullgraph=True, dynamic=False)
+            if self.compiled:
+                # Every tensor it reads is the session's own: no guard could ever fail, and checking them takes longer
+                # than a small model's step.
+                options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+                self._step = torch.compile(self._run, fullgraph=True, dynamic=False, options=options)
             self._graph: torch.cuda.CUDAGraph | None = None
             if device.type == "cuda" if graph is None else graph:
                 self._capture()
@@ -172,24 +203,22 @@ class DecodeSession:
 
     def _run(self) -> Tensor:
         eps = self.config.norm_eps
-        x = F.embedding(self._ids, self._embedding)
+        x = self._embedding[self._ids]  # faster for few rows than an embedding on a GPU
         for layer, state in zip(self._layers, self._state, strict=True):
-            _block(layer, state, x, eps)
-        return decode_linear(x, self._head, input="rms_norm", norm_weight=self._norm, eps=eps)[0]
+            _block(layer, state, x, eps, self._operators)
+        return self._operators.linear(x, self._head, norm_weight=self._norm, norm=True, eps=eps)[0]
 
 
-def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> None:
+def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float, operators: _Operators) -> None:
     """One block's step on x ``[B, D]`` and the state, both in place."""
     attention, config = layer.attention, layer.attention.config
     batch, groups = x.shape[0], attention.kv_proj.shape[0]
-    wide, small = decode_linear(
-        x, layer.wide, input="rms_norm", norm_weight=layer.attn_norm, small_weight=layer.small, eps=eps
-    )
+    wide, small = operators.linear(x, layer.wide, small_weight=layer.small, norm=True, eps=eps)
     key_size, value_size = attention.key_size, attention.value_size
     kv_size = groups * (key_size + value_size)
     assert small is not None
     logits, b, a = split_small(attention, small.unsqueeze(1))
-    o = decode_step_(
+    o = operators.step_(
         wide[:, :key_size].unsqueeze(1),
         torch.unflatten(wide[:, key_size : key_size + kv_size], 1, (1, groups, key_size + value_size)),
         state["recurrent_state"],
@@ -204,13 +233,13 @@ def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float) -> None:
         topk=config.topk,
         shared=config.shared_mem,
         scale=attention.scale,
+        norm_weight=layer.o_norm,
+        gate=wide[:, key_size + kv_size :].unsqueeze(1) if config.use_output_gate else None,
+        eps=eps,
     )
-    gate = wide[:, key_size + kv_size :] if config.use_output_gate else None
-    decode_linear_(
-        x, o.view(batch, value_size), layer.o_proj, input="gated_rms_norm", norm_weight=layer.o_norm, gate=gate, eps=eps
-    )
-    hidden, _ = decode_linear(x, layer.gate_up, input="rms_norm", norm_weight=layer.mlp_norm, eps=eps)
-    decode_linear_(x, hidden, layer.down, input="swiglu")
+    operators.linear_(x, o.view(batch, value_size), layer.o_proj)
+    hidden, _ = operators.linear(x, layer.gate_up, norm=True, swiglu=True, eps=eps)
+    operators.linear_(x, hidden, layer.down)
 
 
 def _gather(block: Any) -> _Layer:
@@ -219,17 +248,22 @@ def _gather(block: Any) -> _Layer:
     if attention.config.use_output_gate:
         wide.append(attention.g_proj.weight)
     dtype = torch.promote_types(attention.q_proj.weight.dtype, torch.float32)
+    norm = block.attn_norm.weight.to(dtype)
     return _Layer(
         attention,
-        block.attn_norm.weight.detach(),
-        torch.cat(wide).detach(),
-        torch.cat([weight.to(dtype) for weight in small_weights(attention)]).detach(),
+        _behind(wide, norm),
+        (torch.cat([weight.to(dtype) for weight in small_weights(attention)]) * norm).detach(),
         attention.o_norm.weight.detach(),
         attention.o_proj.weight.detach(),
-        block.mlp_norm.weight.detach(),
-        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
+        _behind([mlp.gate_proj.weight, mlp.up_proj.weight], block.mlp_norm.weight),
         mlp.down_proj.weight.detach(),
     )
+
+
+def _behind(weights: list[Tensor], norm: Tensor) -> Tensor:
+    """The weights one over the other, their columns multiplied by the weight of the norm before them."""
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+    return torch.cat([(weight.to(dtype) * norm.to(dtype)).to(weight.dtype) for weight in weights]).detach()
 
 
 def _fingerprint(model: MoMForCausalLM) -> tuple[tuple[int, int], ...] | None:

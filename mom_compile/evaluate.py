@@ -110,7 +110,7 @@ def evaluate(
             f"stream must hold ids below vocab_size = {model.config.vocab_size}, got {int(ids.max())}; "
             "the text was tokenized for another model"
         )
-    inputs, targets = _rows(ids.astype(np.int64), batch_size)
+    inputs, targets = rows(ids.astype(np.int64), batch_size)
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     counts: Tensor | None = None
@@ -118,19 +118,21 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        piece = seq_len if reset_every is None else reset_every
-        for start in range(0, inputs.shape[1], piece):
-            x = inputs[:, start : start + piece].to(device)
-            y = targets[:, start : start + piece].to(device)
-            out = model(x, state=state)
-            assert out.logits is not None
-            loss = F.cross_entropy(
-                out.logits.flatten(0, 1).float(), y.flatten(), ignore_index=_NO_TARGET, reduction="none"
-            )
-            nats += loss.double().sum()
-            new = choice_counts(out.router_logits, model.config.topk, y != _NO_TARGET)
-            counts = new if counts is None else counts + new
-            state = _next_state(out.state, reset_every is not None) if carry_state else None
+        # A trainer's blocks are compiled; a graph for every length here would take longer to make than to run.
+        with torch.compiler.set_stance("force_eager"):
+            piece = seq_len if reset_every is None else reset_every
+            for start in range(0, inputs.shape[1], piece):
+                x = inputs[:, start : start + piece].to(device)
+                y = targets[:, start : start + piece].to(device)
+                out = model(x, state=state)
+                assert out.logits is not None
+                loss = F.cross_entropy(
+                    out.logits.flatten(0, 1).float(), y.flatten(), ignore_index=_NO_TARGET, reduction="none"
+                )
+                nats += loss.double().sum()
+                new = choice_counts(out.router_logits, model.config.topk, y != _NO_TARGET)
+                counts = new if counts is None else counts + new
+                state = _next_state(out.state, reset_every is not None) if carry_state else None
     finally:
         model.train(was_training)
     assert counts is not None
@@ -141,8 +143,8 @@ def evaluate(
     )
 
 
-def _rows(ids: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets ``[B, T]``; the last row is filled up with tokens that count for nothing."""
+def rows(ids: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets ``[B, T]``; the last row is filled up with tokens whose target is negative: none."""
     count = len(ids) - 1
     rows = min(batch_size, count)
     length = -(-count // rows)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 STOP_INTERVAL = 16
 """Tokens between two looks at whether every row has stopped, on a GPU."""
-PREFILL_TOKENS = 4096
-"""Tokens of one prefill call; longer prompts go through in pieces, which bounds the memory."""
+PREFILL_TOKENS = 8192
+"""Tokens of one prefill call over all rows; longer prompts go through in pieces, which bounds the memory."""
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -102,8 +102,9 @@ def generate(
 
     logits: Tensor | None = None
     last = _last_token(attention_mask, batch, length, input_ids.device)
-    for start in range(0, length, PREFILL_TOKENS):
-        end = min(start + PREFILL_TOKENS, length)
+    piece = max(PREFILL_TOKENS // max(batch, 1), 1)
+    for start in range(0, length, piece):
+        end = min(start + piece, length)
         mask = None if attention_mask is None else attention_mask[:, start:end]
         out = model(input_ids[:, start:end], state=state, attention_mask=mask)
         state = out.state

@@ -13,19 +13,18 @@ from .ops import route
 IGNORE = -100
 
 
-def next_token_loss(
-    logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+def next_token_targets(
+    labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Mean cross entropy in nats of ``labels[:, t + 1]`` under ``logits[:, t]``.
+    """What each position predicts: ``labels[:, t + 1]``, or -100 where nothing counts.
 
     Args:
-        logits: ``[B, T, vocab_size]``.
         labels: ``[B, T]`` int64; -100 is ignored.
         attention_mask: ``[B, T]``; targets on padding, and those that padding would predict, are ignored.
         cu_seqlens: ``[N+1]``; the first token of a document is no target.
 
     Returns:
-        A float32 scalar (float64 for float64 logits); 0 where no target counts.
+        ``[B, T]`` int64.
     """
     targets = labels.new_full(labels.shape, IGNORE)
     targets[:, :-1] = labels[:, 1:]
@@ -38,6 +37,22 @@ def next_token_loss(
         position = torch.arange(1, labels.shape[1] + 1, device=labels.device)
         starts = (position.unsqueeze(1) == cu_seqlens).any(1)
         targets = targets.masked_fill(starts, IGNORE)
+    return targets
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Mean cross entropy in nats of :func:`next_token_targets` under ``logits``.
+
+    Args:
+        logits: ``[B, T, vocab_size]``.
+        labels, attention_mask, cu_seqlens: as there.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits); 0 where no target counts.
+    """
+    targets = next_token_targets(labels, attention_mask, cu_seqlens)
     flat = logits.flatten(0, 1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
     total = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .block import MoMBlock
 from .config import MoMConfig
-from .losses import balance_loss, next_token_loss
+from .losses import IGNORE, balance_loss, next_token_loss, next_token_targets
+from .memory_policy import check_policy
 from .mom_attention import Form
+from .ops import linear_cross_entropy
 from .state import LayerState, State, check_state
 
 
@@ -77,6 +79,21 @@ class MoMForCausalLM(nn.Module):
         device = None if device is None else torch.device(device)
         return tuple(layer.attn.init_state(batch_size, device, dtype) for layer in self.model.layers)  # type: ignore[operator,union-attr]
 
+    def set_memory_policy(self, policy: str) -> None:
+        """Choose what training keeps for the backward.
+
+        Args:
+            policy: ``save`` (everything: fastest), ``selective`` (results of matrix products and of the memory rule),
+                ``block`` (the blocks' inputs: smallest) or ``auto`` (the default: selective where compiled, else save);
+                see :mod:`mom_compile.memory_policy`.
+
+        Raises:
+            ValueError: another name.
+        """
+        checked = check_policy(policy)
+        for block in self.model.layers:
+            block.memory_policy = checked  # type: ignore[assignment]
+
     def forward(
         self,
         input_ids: Tensor,
@@ -108,6 +125,36 @@ class MoMForCausalLM(nn.Module):
             ValueError: shapes, dtypes or devices that do not fit.
         """
         self._check(input_ids, state, cu_seqlens, labels, router_indices)
+        x, states, router_logits = self.hidden_states(
+            input_ids, state, attention_mask, cu_seqlens, router_indices, form
+        )
+        logits = loss = aux_loss = None
+        if labels is None or return_logits:
+            logits = self.lm_head(x)
+        if labels is not None:
+            if logits is None:
+                targets = next_token_targets(labels, attention_mask, cu_seqlens)
+                cross_entropy = linear_cross_entropy(x, self.lm_head.weight, targets, IGNORE)
+            else:
+                cross_entropy = next_token_loss(logits, labels, attention_mask, cu_seqlens)
+            aux_loss = balance_loss(router_logits, self.config.topk, attention_mask)
+            loss = cross_entropy + self.config.aux_loss_scale * aux_loss
+        return MoMOutput(logits, states, loss, aux_loss, router_logits)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        state: Sequence[LayerState] | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        router_indices: Sequence[Tensor] | None = None,
+        form: Form | None = None,
+    ) -> tuple[Tensor, State, tuple[Tensor, ...]]:
+        """:meth:`forward` up to the output projection.
+
+        Returns:
+            What ``lm_head`` takes ``[B, T, D]``, the state after the tokens, per layer the router's logits.
+        """
         x = self.model.embeddings(input_ids)
         states: list[LayerState] = []
         router_logits: list[Tensor] = []
@@ -123,17 +170,7 @@ class MoMForCausalLM(nn.Module):
             states.append(layer_state)
             if logits is not None:
                 router_logits.append(logits)
-        x = self.model.norm(x)
-        logits = loss = aux_loss = None
-        if labels is None or return_logits:
-            logits = self.lm_head(x)
-        if labels is not None:
-            cross_entropy = next_token_loss(
-                self.lm_head(x) if logits is None else logits, labels, attention_mask, cu_seqlens
-            )
-            aux_loss = balance_loss(router_logits, self.config.topk, attention_mask)
-            loss = cross_entropy + self.config.aux_loss_scale * aux_loss
-        return MoMOutput(logits, tuple(states), loss, aux_loss, tuple(router_logits))
+        return self.model.norm(x), tuple(states), tuple(router_logits)
 
     def _check(
         self,

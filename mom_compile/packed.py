@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import combine, dispatch, grouped_linear, l2_norm, permute
+from .ops import combine, conv_qkv, dispatch, grouped_linear, l2_norm, permute
 from .ops.dispatch import DispatchPlan
 from .ops.memory_rule import chunk_rows
-from .ops.short_conv import short_conv_rows
 from .projections import memory_group_bounds, retention_gate, route_and_gate
 from .state import LayerState
 
@@ -44,17 +43,17 @@ def forward(
         config.shared_mem,
     )
     tokens = x.flatten(0, 1)
+    q = layer.q_proj(tokens)
     kv = grouped_linear(permute(tokens, plan), layer.kv_proj, memory_group_bounds(layer, plan.group_offset))
-    qkv = torch.cat([permute(layer.q_proj(tokens), plan), kv], 1)
     new_state: LayerState = {}
     if config.use_short_conv:
-        history = None if state is None else state["conv_state"].flatten(0, 1).to(qkv.dtype)
-        qkv, conv_state = short_conv_rows(qkv, layer.conv1d, plan, history)
+        history = None if state is None else state["conv_state"].flatten(0, 1).to(kv.dtype)
+        q, k, v, conv_state = conv_qkv(q, kv, layer.conv1d, plan, config.head_dim, history)
         new_state["conv_state"] = torch.unflatten(conv_state, 0, (sequences, memories))
     else:
-        qkv = F.silu(qkv)
-    q, k, v = qkv.split([layer.key_size, layer.key_size, layer.value_size], 1)
-    q, k = (l2_norm(torch.unflatten(part, 1, (config.num_heads, config.head_dim))) for part in (q, k))
+        k, v = F.silu(kv).split([layer.key_size, layer.value_size], 1)
+        heads = (config.num_heads, config.head_dim)
+        q, k = (l2_norm(torch.unflatten(part, 1, heads)) for part in (permute(F.silu(q), plan), k))
     v = torch.unflatten(v, 1, (config.value_heads, config.value_dim))
 
     g, beta, dt = _rows_of_gates(layer, [gates.g, gates.beta, gates.dt], plan)

@@ -22,12 +22,18 @@ def relative(actual: NDArray[Any], expected: NDArray[Any]) -> float:
 
 @dataclass(frozen=True)
 class Check:
-    """One row of a :class:`Report`; ``error`` is relative, None where nothing is measured."""
+    """One row of a :class:`Report`; ``error`` is relative, ``measured`` says what is where that is something else."""
 
     name: str
     error: float | None
     passed: bool
     note: str = ""
+    measured: str = ""
+
+    @property
+    def figure(self) -> str:
+        """What the row measured, as the tables print it."""
+        return f"{self.error:.1e}" if self.error is not None else self.measured
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,8 @@ class Report:
         width = max(len(check.name) for check in self.checks)
         rows = [f"{'check':<{width}}  {'relative error':>14}  result"]
         for check in self.checks:
-            error = "-" if check.error is None else f"{check.error:.1e}"
             note = f"  ({check.note})" if check.note else ""
-            rows.append(f"{check.name:<{width}}  {error:>14}  {'ok' if check.passed else 'FAILED'}{note}")
+            rows.append(f"{check.name:<{width}}  {check.figure or '-':>14}  {'ok' if check.passed else 'FAILED'}{note}")
         return "\n".join(rows)
 
 
@@ -80,5 +85,4 @@ def reports_table(reports: Mapping[str, Report]) -> str:
 
 
 def _cell(check: Check) -> str:
-    result = "ok" if check.passed else "FAILED"
-    return result if check.error is None else f"{check.error:.1e} {result}"
+    return f"{check.figure} {'ok' if check.passed else 'FAILED'}".lstrip()

@@ -21,7 +21,6 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._extras import check_installed, require
 from ._files import atomic_directory, write_json
@@ -37,7 +36,9 @@ from .config import MoMConfig
 from .data import TextData, WindowSampler, read_texts, tokenize
 from .evaluate import bits_per_byte, choice_counts, evaluate, shares
 from .losses import balance_loss
+from .memory_policy import check_policy
 from .model import MoMForCausalLM
+from .ops import linear_cross_entropy
 from .optim import clip_gradients, learning_rate_at, make_adamw
 from .plots import plot_run
 from .pretrained import write_model
@@ -45,6 +46,7 @@ from .run_folder import CHECKPOINT, MODEL
 from .tokenizer import Tokenizer, load_tokenizer
 
 METRICS_FILE = "metrics.jsonl"
+COMPILE = ("block", "model", "none")
 CHANGEABLE = (
     "data",
     "max_steps",
@@ -52,6 +54,7 @@ CHANGEABLE = (
     "learning_rate",
     "clip",
     "compile",
+    "memory",
     "device",
     "log_every",
     "eval_every",
@@ -78,7 +81,9 @@ class TrainConfig:
         held_out: share of every document that is held out.
         log_every, eval_every, save_every: in steps; 0 turns evaluation or saving within the run off (the end of a run
             always does both).
-        compile: torch.compile the model; runs eagerly, and says so, where there is no compiler.
+        compile: torch.compile every ``block`` (one graph for them all: a short first step), the whole ``model``, or
+            ``none``; runs eagerly, and says so, where there is no compiler.
+        memory: what is kept for the backward, see :mod:`mom_compile.memory_policy`.
         device: such as cpu or cuda; None: CUDA if there is one.
         bf16: bfloat16 autocast; None: on CUDA devices that have it. Weights and their updates stay float32.
         progress: show a progress bar.
@@ -104,7 +109,8 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 200
-    compile: bool = True
+    compile: str = "block"
+    memory: str = "auto"
     device: str | None = None
     bf16: bool | None = None
     progress: bool = True
@@ -126,6 +132,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}; leave it out for no limit")
+        if self.compile not in COMPILE:
+            raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}; block starts fastest")
+        check_policy(self.memory)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}; 2e-3 suits small models")
         if not 0 <= self.final_ratio <= 1:
@@ -192,10 +201,9 @@ class StepResult:
 
 def window_loss(model: MoMForCausalLM, windows: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Mean cross entropy of windows ``[B, L+1]`` int64, balance loss (both float32 scalars), router logits by layer."""
-    out = model(windows[:, :-1])
-    assert out.logits is not None
-    cross_entropy = F.cross_entropy(out.logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-    return cross_entropy, balance_loss(out.router_logits, model.config.topk), out.router_logits
+    x, _, router_logits = model.hidden_states(windows[:, :-1])
+    cross_entropy = linear_cross_entropy(x, model.lm_head.weight, windows[:, 1:])
+    return cross_entropy, balance_loss(router_logits, model.config.topk), router_logits
 
 
 class Trainer:
@@ -252,14 +260,18 @@ class Trainer:
         if saved:
             load_optimizer(self.folder / CHECKPOINT, self.model, self.optimizer)
             self.step, self.elapsed, self.best_bits = saved.step, saved.elapsed, saved.best_bits
-        self.compile_problem = compiler_problem(self.device) if config.compile else "turned off by --no-compile"
-        if self.compile_problem and config.compile:
+        self.compile_problem = "turned off" if config.compile == "none" else compiler_problem(self.device)
+        if self.compile_problem and config.compile != "none":
             self.say(f"not compiling: {self.compile_problem}; training runs eagerly, which is slower")
         self.first_step_seconds = 0.0
         self.last_step: StepResult | None = None
         self._loss: Callable[..., Any] = window_loss
-        if self.compile_problem is None:
+        self.model.set_memory_policy(config.memory)
+        if self.compiled and config.compile == "model":
             self._loss = torch.compile(window_loss, fullgraph=True)
+        elif self.compiled:
+            for block in self.model.model.layers:
+                block.compile(fullgraph=True)
 
     @property
     def compiled(self) -> bool:

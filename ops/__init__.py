@@ -9,11 +9,13 @@ if __name__ != "mom_compile.ops":
 
 from ._layout import CHUNK
 from .combine import combine
+from .conv_qkv import conv_qkv
 from .decode_linear import decode_linear, decode_linear_
 from .decode_step import decode_step, decode_step_
 from .dispatch import DispatchPlan, dispatch
 from .gated_rms_norm import gated_rms_norm
 from .grouped_linear import grouped_linear
+from .linear_cross_entropy import linear_cross_entropy
 from .memory_rule import (
     RULES,
     chunk_delta_rule,
@@ -47,6 +49,7 @@ __all__ = [
     "chunk_mamba2",
     "chunk_retention",
     "combine",
+    "conv_qkv",
     "decode_linear",
     "decode_linear_",
     "decode_step",
@@ -55,6 +58,7 @@ __all__ = [
     "gated_rms_norm",
     "grouped_linear",
     "l2_norm",
+    "linear_cross_entropy",
     "permute",
     "recurrent_delta_rule",
     "recurrent_delta_rule_",

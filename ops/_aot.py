@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import re
 import subprocess
@@ -73,9 +74,15 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Binary:
             return compiled, log.getvalue()
 
     compiled, log = build(False)
-    if not log and "wgmma" in compiled.asm["ptx"]:  # out of Triton's cache, which keeps no messages
-        compiled, log = build(True)
     ptx, cubin, shared = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared
+    if "wgmma" in ptx:  # Triton's cache keeps no messages, so they are put there beside the kernel
+        key = hashlib.sha256(f"{triton.__version__} {architecture} {ptx}".encode()).hexdigest()
+        cache_of = triton.runtime.cache.get_cache_manager(key)
+        known = cache_of.get_file("ptxas.log")
+        if not log:
+            log = build(True)[1] if known is None else Path(known).read_text()
+        if known is None:
+            cache_of.put(log, "ptxas.log", binary=False)
     registers, spills = _usage(cubin)
     entry = re.search(r"\.entry [^(]*\(([^)]*)\)", ptx)
     assert entry is not None

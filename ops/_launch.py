@@ -33,6 +33,13 @@ class Config:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    overlap: bool | None = None
+    """None: the kernel knows nothing of it. True: it waits for the kernel before it by itself (its constant ``PDL``),
+    and may be launched before that ends (programmatic dependent launch)."""
+
+    def all_constants(self, overlap: bool) -> Mapping[str, Any]:
+        """The constants and, where the kernel knows of it, whether it overlaps."""
+        return self.constants if self.overlap is None else {**self.constants, "PDL": overlap}
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,23 @@ class Launch:
             return
         device = next(x.device for x in self.args if isinstance(x, Tensor))
         # Triton launches on the current device, which need not be that of the tensors.
+        settings = options(self.config.num_warps, self.config.num_stages)
+        overlap = bool(self.config.overlap) and _overlaps(device)
+        if self.config.overlap is not None:
+            settings["launch_pdl"] = overlap
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](
-                *self.args, **self.config.constants, **options(self.config.num_warps, self.config.num_stages)
-            )
+            self.kernel[self.grid](*self.args, **self.config.all_constants(overlap), **settings)
 
     def trace(self) -> None:
         """Make the launch a node of the graph that is being traced; sizes of the grid may be symbols."""
         traced = torch.library.wrap_triton(self.kernel)[self.grid]
         # Options other than these two have no place in a graph.
-        traced(*self.args, **self.config.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+        traced(
+            *self.args,
+            **self.config.all_constants(overlap=False),
+            num_warps=self.config.num_warps,
+            num_stages=self.config.num_stages,
+        )
 
 
 _hook: Callable[[Launch], None] | None = None
@@ -107,6 +121,12 @@ def _device_shared_memory_kb(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin // 1024
 
 
+@cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launch (CUDA C++ Programming Guide): Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Launch options. Fusing products and sums is said aloud: its default differs between versions of Triton."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
@@ -122,7 +142,7 @@ def variant(
     """``arguments``: name -> Triton type, None for a pointer that is absent."""
     signature = {name: kind for name, kind in arguments.items() if kind is not None}
     absent = {name: None for name, kind in arguments.items() if kind is None}
-    constants = {**absent, **config.constants}
+    constants = {**absent, **config.all_constants(overlap=False)}
     return KernelVariant(label, kernel, signature, constants, config.num_warps, config.num_stages, quick=quick)
 
 

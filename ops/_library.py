@@ -15,6 +15,9 @@ NAMESPACE = "mom"
 TRITON_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 """Operator -> its Triton implementation."""
 AUTOCAST_DEVICES = ("cpu", "cuda")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def register_op(
@@ -46,12 +49,14 @@ def register_op(
     positions: list[int] = []  # of the arguments written in place
 
     def implementation(*args: Any) -> Any:
-        if triton is None:
-            return cpu(*args)
-        if use_triton(args):
-            return triton(*args)
-        device = next(x.device for x in args if isinstance(x, Tensor))
-        return cpu(*args) if device.type == "cpu" else _on_cpu(cpu, args, positions, device)
+        # A backward that is called under autocast comes here with it on: an implementation chooses its own dtypes.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            if triton is None:
+                return cpu(*args)
+            if use_triton(args):
+                return triton(*args)
+            device = next(x.device for x in args if isinstance(x, Tensor))
+            return cpu(*args) if device.type == "cpu" else _on_cpu(cpu, args, positions, device)
 
     op = custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=tuple(mutates_args), schema=schema)
     op.register_fake(fake)

@@ -50,7 +50,7 @@ def lint(ptx: str, log: str, architecture: int, shared: int, spills: int) -> lis
         shared: bytes of shared memory of a thread block.
         spills: bytes that one thread spills.
     """
-    found = register_products(ptx) + unfenced_products(ptx)
+    found = register_products(ptx) + unfenced_products(ptx) if "wgmma.mma_async" in ptx else []
     if re.search(r"wgmma\S* instructions are serialized", log):
         found.append("ptxas serialised the wgmma products")
     if spills > SPILL_LIMIT:

@@ -8,7 +8,7 @@ from models import VARIANTS, tiny_config, tiny_model, tokens
 from support import ON_GPU, assert_close
 
 from mom_compile import MoMForCausalLM
-from mom_compile.decode import DecodeSession, session_for
+from mom_compile.decode import DecodeSession, has_compiler, session_for
 from mom_compile.ops import RULES
 
 TOLERANCE = 2e-5
@@ -49,15 +49,81 @@ def test_the_step_with_gradients_equals_the_operator() -> None:
 
 
 @torch.no_grad()
+def test_512_steps_equal_one_pass() -> None:
+    model = tiny_model()
+    ids = tokens(2, 40 + 512)
+    expected = model(ids)
+    session = DecodeSession(model, 2)
+    session.load(model(ids[:, :40]).state)
+    logits = torch.stack([session.step(ids[:, t]).clone() for t in range(40, ids.shape[1])], 1)
+    assert_close(logits, expected.logits[:, 40:], TOLERANCE, "logits")
+    for after, wanted in zip(session.state(), expected.state, strict=True):
+        for name, value in after.items():
+            assert_close(value, wanted[name], TOLERANCE, name)
+
+
+@torch.no_grad()
+def test_a_step_touches_the_selected_memories_alone() -> None:
+    model = tiny_model(topk=1)
+    session = DecodeSession(model, 2)
+    session.load(model(tokens(2, 30)).state)
+    for ids in tokens(10, 2):
+        before = session.state()
+        session.step(ids)
+        for old, new in zip(before, session.state(), strict=True):
+            for name, value in new.items():
+                same = (value == old[name]).flatten(2).all(2)
+                assert (same.sum(1) == 3).all() and not same[:, -1].any(), name  # one routed, and the shared one
+
+
+@torch.no_grad()
+def test_roll_back() -> None:
+    """A state is a saved point: the same tokens from it give the same logits, bit for bit."""
+    model = tiny_model()
+    session, ids = DecodeSession(model, 2), tokens(12, 2)
+    for t in range(4):
+        session.step(ids[t])
+    point = session.state()
+    first = [session.step(ids[t]).clone() for t in range(4, 8)]
+    for t in range(8, 12):
+        session.step(ids[t])
+    session.load(point)
+    assert all(torch.equal(session.step(ids[t]), first[t - 4]) for t in range(4, 8))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(ON_GPU, reason="a graph serves the GPU")
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("nowhere")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    has_compiler.cache_clear()
+    model = tiny_model()
+    with pytest.warns(UserWarning, match="decoding stays eager: torch.compile finds no C.. compiler .nowhere."):
+        session = DecodeSession(model, 2, compile=True)
+    DecodeSession(model, 2, compile=True)  # says it once: a warning would fail
+    has_compiler.cache_clear()
+    assert not session.compiled
+    ids = tokens(2, 1)[:, 0]
+    assert torch.equal(session.step(ids), DecodeSession(model, 2).step(ids))
+
+
+@torch.no_grad()
 @pytest.mark.skipif(ON_GPU, reason="a graph serves the GPU")
 def test_compiled() -> None:
     model = tiny_model()
     ids = tokens(2, 12)
     session = DecodeSession(model, 2, compile=True)
-    session.load(model(ids[:, :8]).state)
+    assert session.compiled
+    state = model(ids[:, :8]).state
+    session.load(state)
     expected = model(ids)
     for t in range(8, 12):
-        assert_close(session.step(ids[:, t]), expected.logits[:, t], TOLERANCE, f"logits of token {t}")
+        with torch._dynamo.config.patch(error_on_recompile=t > 8):
+            assert_close(session.step(ids[:, t]), expected.logits[:, t], TOLERANCE, f"logits of token {t}")
+    for after, wanted in zip(session.state(), expected.state, strict=True):
+        assert_close(after["recurrent_state"], wanted["recurrent_state"], TOLERANCE, "recurrent_state")
 
 
 @torch.no_grad()
@@ -112,6 +178,10 @@ def test_messages() -> None:
         (
             lambda: session.load(model.init_state(2, dtype=torch.bfloat16)),
             "must have the session's dtype",
+        ),
+        (
+            lambda: session.load([{k: v.to("meta") for k, v in layer.items()} for layer in model.init_state(2)]),
+            "must lie on .*, got meta; move it",
         ),
         (lambda: session.step(tokens(3, 1)[:, 0]), r"ids must be \[B\] = \(2,\), got shape \(3,\)"),
     ]

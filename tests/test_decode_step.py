@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 NAMES = (
     "router_logits router_indices router_weights a b A_log dt_bias conv_weight recurrent_state conv_state valid rule "
-    "topk shared scale"
+    "topk shared scale norm_weight gate eps"
 ).split()
 
 
@@ -45,6 +45,8 @@ def make(
     width: int = 4,
     routing: str = "own",
     valid: bool = False,
+    norm: bool = False,
+    gate: bool = False,
 ) -> dict[str, Any]:
     total = M + shared
     groups = 1 if single else total
@@ -60,7 +62,12 @@ def make(
         "topk": topk,
         "shared": shared,
         "scale": 0.5,
+        "eps": 1e-6,
     }
+    if norm:
+        inputs["norm_weight"] = torch.rand(V).to(dtype)
+    if gate:
+        inputs["gate"] = torch.randn(batch, tokens, HV * V + 5).to(dtype)[..., : HV * V]
     if routing != "custom":
         inputs["router_logits"] = torch.randn(batch, tokens, M, dtype=wide)
     if routing != "own":
@@ -125,6 +132,12 @@ def test_dtypes_routings_and_masks(dtype: torch.dtype, routing: str) -> None:
 def test_bfloat16_state(rule: str) -> None:
     # The reference keeps the state exact between tokens, so one token.
     check(make(rule, torch.bfloat16, torch.bfloat16, tokens=1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gate", [False, True])
+def test_norm_and_gate(gate: bool, shape: str) -> None:
+    check(make(norm=True, gate=gate, **SHAPES[shape]))
 
 
 def test_ties_take_the_lowest_index() -> None:
@@ -230,6 +243,9 @@ def test_messages() -> None:
         ),
         (bad(router_indices=torch.zeros(3, 3, 2)), "router_indices must have one of the dtypes int64, got float32"),
         (bad(valid=torch.ones(3, 3)), "valid must have one of the dtypes bool, got float32"),
+        (bad(norm_weight=torch.ones(9)), r"norm_weight must be .* got shape \(9,\)"),
+        (bad(gate=torch.zeros(3, 3, 16)), "norm_weight must be given with gate, got None"),
+        (bad(norm_weight=torch.ones(8), gate=torch.zeros(3, 16)), r"gate must be .* got shape \(3, 16\)"),
         (bad(conv_state=torch.zeros(3, 5, 48, 2)), r"conv_state must be .* got shape \(3, 5, 48, 2\)"),
     ]
     for inputs, message in cases:

@@ -65,7 +65,9 @@ def test_the_whole_in_small(
         return report.Report(target, 1e-4, (report.Check("logits", 1e-6, True),))
 
     def training(out: str, seconds: float) -> Any:
-        return dataclasses.replace(demo_training(out, seconds), compile=False, progress=False, batch_size=4, seq_len=32)
+        return dataclasses.replace(
+            demo_training(out, seconds), compile="none", progress=False, batch_size=4, seq_len=32
+        )
 
     if not learned:  # the other run exports in earnest
         monkeypatch.setattr(export, "to_onnx", to_onnx)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
 from mom_compile.export import artifact
 
+CPU_LIBRARIES = ("-ltorch", "-ltorch_cpu", "-lc10")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 
 
@@ -26,9 +28,10 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
     """A byte-level model with tied embeddings, and its packages for the CPU."""
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, tie_word_embeddings=True)
-    folder = tmp_path_factory.mktemp("aoti") / "artifact"
-    export.to_aoti(model, folder)
-    return model, folder
+    root = tmp_path_factory.mktemp("aoti")
+    model.save_pretrained(root / "checkpoint")
+    assert main(["export", str(root / "checkpoint"), str(root / "artifact"), "--to", "aoti"]) == 0
+    return model, root / "artifact"
 
 
 def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> None:
@@ -105,7 +108,7 @@ def test_the_example_generates_without_python(
     binary = compile_cpp(
         folder / "aoti_generate.cpp",
         [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"],
-        [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"],
+        [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-Wl,--no-as-needed", *CPU_LIBRARIES],
     )
     libraries = subprocess.run(["ldd", str(binary)], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in libraries and "libpython" not in libraries
@@ -204,10 +207,38 @@ def test_the_kernels_are_traced_into_the_program(monkeypatch: pytest.MonkeyPatch
         assert not any("mom" in name for name in names)
 
 
+PROBE = """
+import sys, torch
+program = torch.export.export(torch.nn.Linear(8, 8).cuda(), (torch.randn(2, 8, device="cuda"),))
+torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])
+torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], "model", False, 1, -1)
+"""
+
+
 @pytest.mark.gpu
-def test_cuda(tmp_path: Path) -> None:
+def test_the_example_generates_on_a_gpu(tmp_path: Path, compile_cpp: Callable[..., Path]) -> None:
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE, str(tmp_path / "linear.pt2")], capture_output=True, check=False
+    )
+    if probe.returncode < 0:
+        pytest.skip(f"this torch and compiler cannot load a package of one torch.nn.Linear: signal {-probe.returncode}")
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)
-    assert export.to_aoti(model, tmp_path / "x", device="cuda").passed
+    folder = tmp_path / "artifact"
+    assert export.to_aoti(model, folder, device="cuda").passed
+    operators = json.loads((folder / "manifest.json").read_text())["io"]
+    assert operators["decode"]["operators"]["triton::decode_state_kernel"] == 1
+    assert operators["prefill"]["operators"]["triton::chunk_scan_kernel"] == 1
+    root = Path(torch.__file__).parent
+    binary = compile_cpp(
+        folder / "aoti_generate.cpp",
+        [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"],
+        [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-Wl,--no-as-needed", *CPU_LIBRARIES, "-ltorch_cuda", "-lc10_cuda"],
+    )
+    prompt = tokens(1, 80, 256)
+    command = [str(binary), str(folder), " ".join(map(str, prompt[0].tolist())), "60", "--ids"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    expected = model.generate(prompt, 60, eos_token_id=-1)[0, 80:].tolist()
+    assert [int(token) for token in done.stdout.split()] == expected
 
 
 def test_command_line(exported: tuple[MoMForCausalLM, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,12 +58,19 @@ def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> N
         "shape": ["batch", 5 * 4, 8, 8],
     }
     operators = manifest["io"]["prefill"]["operators"]
+    decode = {
+        name for graph in manifest["io"] if graph.startswith("decode") for name in manifest["io"][graph]["operators"]
+    }
+    assert not decode & {"If", "Loop", "Scan", "MemcpyToHost", "MemcpyFromHost"}  # what a CUDA graph cannot hold
     if manifest["target"] == "onnxruntime":
         assert operators["com.microsoft::LinearAttention"] == 2
         assert manifest["io"]["decode"]["operators"]["com.microsoft::LinearAttention"] == 2
     else:
-        assert not any("::" in name for name in operators) and operators["Scan"] == 2
-        assert set(manifest["io"]["prefill"]["opsets"]) == {"ai.onnx"}
+        assert not any("::" in name for name in operators)
+        opset27 = manifest["target"] == "opset27"
+        assert operators["LinearAttention" if opset27 else "Scan"] == 2
+        assert operators.get("CausalConvWithState", 0) == (2 if opset27 else 0)
+        assert manifest["io"]["prefill"]["opsets"] == {"ai.onnx": 27 if opset27 else 20}
 
 
 def test_no_file_names_the_exporting_machine(exported: tuple[MoMForCausalLM, Path]) -> None:
@@ -87,7 +94,7 @@ def test_the_weights_are_stored_once(exported: tuple[MoMForCausalLM, Path]) -> N
             found += count
     assert found >= 6 * model.config.num_hidden_layers
     parameters = sum(parameter.numel() * 4 for parameter in model.parameters())
-    assert len(data) < 1.2 * parameters + 256 * 1024  # masks and unit matrices of a chunk
+    assert len(data) < 1.1 * parameters + 256 * 1024  # masks and unit matrices of a chunk
 
 
 def test_state_carries_across_engines(exported: tuple[MoMForCausalLM, Path]) -> None:
@@ -106,6 +113,25 @@ def test_state_carries_across_engines(exported: tuple[MoMForCausalLM, Path]) -> 
     assert relative(last.logits, whole.logits[:, 140:]) < 1e-5
 
 
+def test_two_conversations_through_one_session(exported: tuple[MoMForCausalLM, Path]) -> None:
+    """Interleaved, they give bit for bit what two sessions of their own give."""
+    _, folder = exported
+    ids = tokens(2, 40).numpy()
+    shared = export.load(folder)
+    states, loops = {}, {}
+    for row in (0, 1):
+        _, states[row] = shared(ids[row : row + 1, :20])
+    for row in (0, 1):
+        loops[row] = shared.decode_loop(states[row], 1)
+    mixed = [(loops[0](ids[:1, t]).copy(), loops[1](ids[1:, t]).copy()) for t in range(20, 40)]
+    for row in (0, 1):
+        alone = export.load(folder)
+        _, state = alone(ids[row : row + 1, :20])
+        step = alone.decode_loop(state, 1)
+        for t in range(20, 40):
+            assert np.array_equal(mixed[t - 20][row], step(ids[row : row + 1, t]))
+
+
 def test_a_state_passed_in_is_unchanged_and_forks(exported: tuple[MoMForCausalLM, Path]) -> None:
     _, folder = exported
     runner = export.load(folder)
@@ -122,7 +148,7 @@ def test_a_state_passed_in_is_unchanged_and_forks(exported: tuple[MoMForCausalLM
             assert np.array_equal(state[layer][name], value)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["onnxruntime", "portable"])
 def test_ties_go_to_the_lowest_memory(target: str, tmp_path: Path) -> None:
     """A router of zeros: every memory ties at every token."""
     model = tiny_model("linear" if target == "onnxruntime" else "delta", num_hidden_layers=1, num_memories=6, topk=3)
@@ -221,7 +247,7 @@ def test_the_touched_decode_writes_only_what_a_token_selected(exported: tuple[Mo
 
 def test_messages(tmp_path: Path) -> None:
     model = tiny_model(num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"target must be one of onnxruntime, portable, got 'tflite'"):
+    with pytest.raises(ValueError, match=r"target must be one of onnxruntime, portable, opset27, got 'tflite'"):
         export.to_onnx(model, tmp_path / "x", target="tflite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

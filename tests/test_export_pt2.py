@@ -176,7 +176,7 @@ def test_a_damaged_program(pt2_artifact: tuple[MoMForCausalLM, Path], tmp_path: 
         export.load(folder)([[1]])
     manifest["kind"] = "tflite"
     artifact.write_manifest(folder, manifest)
-    with pytest.raises(ValueError, match="kind must be one of onnx, pt2, genai, aoti, got 'tflite'"):
+    with pytest.raises(ValueError, match="kind must be one of onnx, pt2, genai, aoti, tensorrt, got 'tflite'"):
         export.load(folder)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,7 +26,16 @@ from torch import Tensor, nn
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
-from mom_compile.export import _tensorrt, budget, jetpack, tensorrt_artifact, tensorrt_runner
+from mom_compile.export import (
+    _tensorrt,
+    _tensorrt_provider,
+    budget,
+    jetpack,
+    onnx_runner,
+    tensorrt_artifact,
+    tensorrt_runner,
+)
+from mom_compile.export._tensorrt_provider import PROVIDER
 from mom_compile.export.artifact import read_manifest
 from mom_compile.export.lowerings import chunked
 from mom_compile.export.onnx_artifact import convert, quiet, save_graphs
@@ -298,6 +309,63 @@ def test_without_a_fitting_gpu(exported: tuple[MoMForCausalLM, Path], monkeypatc
     assert logits.shape == (1, 3, 257)
 
 
+def _onnxruntime(devices: list[Any], fails: bool = False) -> Any:
+    """onnxruntime with a TensorRT-RTX provider that computes on the CPU."""
+    import onnxruntime
+
+    class Session:
+        def __init__(self, model: str, options: Any) -> None:
+            assert options.config["session.disable_cpu_ep_fallback"] == "1" and options.devices == devices[:1]
+            assert options.settings["nv_profile_max_shapes"].startswith("input_ids:4x")
+            self.inner = onnxruntime.InferenceSession(model)
+            self.get_inputs, self.run = self.inner.get_inputs, self.inner.run
+
+    class Options:
+        def __init__(self) -> None:
+            self.config: dict[str, str] = {}
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            self.config[key] = value
+
+        def add_provider_for_devices(self, devices: list[Any], settings: dict[str, str]) -> None:
+            self.devices, self.settings = devices, settings
+
+    registered: list[str] = []
+
+    def register(name: str, path: str) -> None:
+        if fails:
+            raise RuntimeError("libcuda.so.1: cannot open shared object file")
+        registered.append(name)
+
+    return SimpleNamespace(
+        __version__="1.32.0",
+        SessionOptions=Options,
+        InferenceSession=Session,
+        get_ep_devices=lambda: devices if registered else [],
+        register_execution_provider_library=register,
+    )
+
+
+def test_the_provider_of_onnxruntime(exported: tuple[MoMForCausalLM, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = exported
+    plugin = SimpleNamespace(get_ep_name=lambda: PROVIDER, get_library_path=lambda: "plugin.so")
+    monkeypatch.setattr(_tensorrt_provider, "require", lambda module, extra: plugin)
+    device = SimpleNamespace(ep_name=PROVIDER)
+    monkeypatch.setattr(onnx_runner, "require_onnxruntime", lambda: _onnxruntime([device]))
+    ids = tokens(2, 20, 257)
+    logits, _ = export.load(folder, providers=[PROVIDER])(ids.numpy())
+    with torch.no_grad():
+        assert relative(torch.from_numpy(logits), model(ids).logits) < 2e-2
+    monkeypatch.setattr(onnx_runner, "require_onnxruntime", lambda: _onnxruntime([]))
+    with pytest.raises(ValueError, match=f"{PROVIDER} must find an RTX GPU, got none that it takes; pass providers="):
+        export.load(folder, providers=[PROVIDER])(ids.numpy())
+    monkeypatch.setattr(onnx_runner, "require_onnxruntime", lambda: _onnxruntime([device], fails=True))
+    with pytest.raises(
+        ImportError, match="onnxruntime-ep-nv-tensorrt-rtx must load, got libcuda.so.1.* needs an NVIDIA"
+    ):
+        export.load(folder, providers=[PROVIDER])(ids.numpy())
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -393,7 +461,11 @@ def test_jetpack6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < floor < 0.1
     capsys.readouterr()
     assert main(["inspect", str(folder), "--budget"]) == 0
-    assert "batch in 8 GB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "batch in 8 GB" in printed
+    assert (
+        "engines for compute capability 8.7: prefill.engine, decode.engine; batch 1 to 8, length 1 to 1024" in printed
+    )
     with pytest.raises(ValueError, match="device must be a CUDA GPU of compute capability 8.7"):
         export.load(folder, device="cpu")
 
@@ -429,6 +501,22 @@ def test_weights_of_4_bits() -> None:
     values = np.where(values > 7, values - 16, values).astype(np.float32)
     error = np.abs(values * scale.astype(np.float32).repeat(64, 0) - weight.astype(np.float32))
     assert (error <= scale.astype(np.float32).repeat(64, 0) * 0.51).all()
+
+
+HEADERS = os.environ.get("TENSORRT_INCLUDE", "/usr/include/x86_64-linux-gnu")
+
+
+@pytest.mark.skipif(
+    not (Path(HEADERS) / "NvInfer.h").is_file() or shutil.which("g++") is None,
+    reason="needs g++ and TensorRT's headers, which no registry has: set TENSORRT_INCLUDE to a folder with NvInfer.h",
+)
+def test_the_runner_in_cpp_compiles(tmp_path: Path) -> None:
+    import triton
+
+    source = Path(tensorrt_artifact.__file__).parent / "cpp" / tensorrt_artifact.RUNNER_SOURCE
+    cuda = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", HEADERS, "-isystem", str(cuda)]
+    subprocess.run(["g++", *flags, "-c", str(source), "-o", str(tmp_path / "runner.o")], check=True)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------

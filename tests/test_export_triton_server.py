@@ -55,9 +55,10 @@ def parse(text: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
     model = tiny_model(["gated_delta", "linear"], num_hidden_layers=2, vocab_size=257, eos_token_id=256)
-    folder = tmp_path_factory.mktemp("triton") / "artifact"
-    export.to_triton_server(model, folder)
-    return model, folder
+    root = tmp_path_factory.mktemp("triton")
+    model.save_pretrained(root / "checkpoint")
+    assert main(["export", str(root / "checkpoint"), str(root / "artifact"), "--to", "triton-server"]) == 0
+    return model, root / "artifact"
 
 
 def test_the_configuration_maps_every_state_of_the_graph(exported: tuple[MoMForCausalLM, Path]) -> None:
@@ -106,9 +107,10 @@ def test_the_folder(exported: tuple[MoMForCausalLM, Path]) -> None:
     assert steps == model.generate(prompt, 20, eos_token_id=-1)[0, 70:].tolist()
 
 
-def test_command_line(exported: tuple[MoMForCausalLM, Path], tmp_path: Path) -> None:
-    exported[0].save_pretrained(tmp_path / "checkpoint")
-    target = tmp_path / "repository"
-    assert main(["export", str(tmp_path / "checkpoint"), str(target), "--to", "triton-server"]) == 0
-    assert main(["verify", str(target)]) == 0
-    assert main(["export", str(tmp_path / "checkpoint"), str(target), "--to", "aoti", "--precision", "int8"]) == 2
+def test_precisions_are_refused(
+    exported: tuple[MoMForCausalLM, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(exported[1].parent / "checkpoint")
+    for target in ("triton-server", "aoti"):
+        assert main(["export", checkpoint, str(tmp_path / "x"), "--to", target, "--precision", "int8"]) == 2
+        assert f"--precision must be float32 for --to {target}, got int8" in capsys.readouterr().err

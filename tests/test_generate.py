@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import tiny_model, tokens
 
+from mom_compile.decode import DecodeSession
 from mom_compile.generate import sample
 from mom_compile.validate import validate_inputs
 
@@ -34,6 +35,20 @@ def test_padded_rows_equal_the_rows_alone(side: str) -> None:
     alone = model.generate(ids[:1, 5:] if side == "left" else ids[:1, :7], 8, eos_token_id=-1)
     assert torch.equal(out[0, 12:], alone[0, 7:])
     assert torch.equal(out[1, 12:], model.generate(ids[1:], 8, eos_token_id=-1)[0, 12:])
+
+
+@torch.no_grad()
+def test_prefill_takes_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mom_compile.generate.PREFILL_TOKENS", 24)
+    model = tiny_model()
+    ids, seen = tokens(3, 50), []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0].shape), with_kwargs=True
+    )
+    out = model.generate(ids, 1, eos_token_id=-1)
+    hook.remove()
+    assert max(shape.numel() for shape in seen) == 24 and len(seen) == 7
+    assert torch.equal(out[:, 50], model(ids).logits[:, -1].argmax(-1))
 
 
 def test_rows_stop_at_eos() -> None:
@@ -76,6 +91,25 @@ def test_messages() -> None:
         (lambda: model.generate(ids, 1, temperature=-1), "temperature must be at least 0, got -1"),
         (lambda: model.generate(ids, 1, top_p=0), r"top_p must lie in \(0, 1\], got 0"),
         (lambda: model.generate(ids[:, :0], 1), "input_ids must hold at least one token, got an empty prompt"),
+        (
+            lambda: model.generate(ids, 2, state=tiny_model(num_memories=3).init_state(2)),
+            r"state\[0\]\['conv_state'\] must have shape",
+        ),
+        (
+            lambda: model.generate(ids, 2, state=model.init_state(3)),
+            r"state\[0\]\['conv_state'\] must have shape \(2, .* got \(3, ",
+        ),
+        (
+            lambda: model.generate(ids, 2, state=[{k: v.int() for k, v in x.items()} for x in model.init_state(2)]),
+            r"state\[0\]\['conv_state'\] must have one of the dtypes",
+        ),
+        (
+            lambda: model.generate(
+                ids, 2, state=[{k: v.to("meta") for k, v in x.items()} for x in model.init_state(2)]
+            ),
+            r"state\[0\]\['conv_state'\] must lie on .*, got meta",
+        ),
+        (lambda: model.generate(ids, 2, session=DecodeSession(model, 3)), "must have shape .* got"),
         (lambda: model.generate(ids + 100, 1), r"input_ids must lie in \[0, vocab_size = 50\), got 1\d\d at position"),
         (
             lambda: validate_inputs(model.config, ids, torch.tensor([[1, 0, 1, 1, 1]] * 2)),

@@ -15,9 +15,11 @@ from models import tiny_config, tiny_model
 from support import INTERPRET
 
 from mom_compile import MoMConfig, MoMForCausalLM
+from mom_compile.cli import main
 from mom_compile.export import load, to_kernels
 from mom_compile.export.artifact import read_manifest
 from mom_compile.export.kernel_functions import Function, functions
+from mom_compile.export.kernel_pack import ARCHITECTURES
 from mom_compile.export.kernel_table import Axis, Linear, entries, record
 from mom_compile.ops._launch import cdiv
 
@@ -25,7 +27,7 @@ pytest.importorskip("triton")
 if INTERPRET:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-NATIVE = Path(__file__).parent / "cpp"
+SOURCES = Path(__file__).parent / "cpp"
 META = torch.device("meta")
 
 
@@ -37,7 +39,7 @@ def _compiler() -> str:
 
 
 def _build(pack: Path, target: Path) -> Path:
-    sources = [str(NATIVE / "check_pack.cpp"), str(pack / "mom_launch.cpp")]
+    sources = [str(SOURCES / "check_pack.cpp"), str(pack / "mom_launch.cpp")]
     command = [_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{pack}", *sources, "-ldl"]
     subprocess.run([*command, "-o", str(target)], check=True)
     return target
@@ -81,7 +83,7 @@ def _functions(config: MoMConfig) -> dict[str, Function]:
 @pytest.mark.parametrize("rule", ["gated_delta", "linear"])
 def test_formulas_hold_at_sizes_that_were_not_recorded(rule: str) -> None:
     for function in _functions(tiny_config(rule, head_dim=32)).values():
-        for units in ((11, 5), (77, 1), (3000, 40)):
+        for units in ((5, 11), (1, 77), (40, 3000), (3000, 40)):
             units = (min(units[0], function.limit), units[1] if len(function.units) > 1 else 0)
             table = [entry for entry in entries(function, 90) if entry.smallest <= units[0] <= entry.largest]
             calls = record(function, 90, units)
@@ -175,6 +177,61 @@ def test_sizes_without_a_safe_configuration(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "a").exists()
 
 
+def _plugin_flags() -> list[str]:
+    """Where TensorRT's and CUDA's headers lie; their licences keep them out of this repository."""
+    folders = [os.environ.get("TENSORRT_INCLUDE"), "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu"]
+    tensorrt = [folder for folder in folders if folder and (Path(folder) / "NvInferRuntime.h").is_file()]
+    cuda = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
+    if not tensorrt or not (cuda[0] / "cuda_runtime_api.h").is_file():
+        pytest.skip("needs the headers of TensorRT 10 and CUDA: set TENSORRT_INCLUDE and CUDA_HOME")
+    return ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-isystem{tensorrt[0]}", f"-isystem{cuda[0]}"]
+
+
+def _build_plugin(pack: Path) -> Path:
+    library = pack / "libmom_plugin.so"
+    sources = [str(pack / name) for name in ("mom_plugin.cpp", "mom_launch.cpp")]
+    command = [_compiler(), *_plugin_flags(), "-shared", "-fPIC", *sources, "-ldl", "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+def test_the_plugin_builds_without_tensorrt_libraries(pack: Path) -> None:
+    library = _build_plugin(pack)
+    symbols = subprocess.run(["nm", "-DC", str(library)], check=True, capture_output=True, text=True).stdout
+    defined = {line.split()[-1] for line in symbols.splitlines() if " T " in line}
+    assert {"getCreators", "setLoggerFinder"} <= defined
+    assert not [line for line in symbols.splitlines() if " U " in line and ("nvinfer" in line or "cuda" in line)]
+
+
+def test_the_command_line(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    tiny_model().bfloat16().save_pretrained(checkpoint)
+    with pytest.raises(SystemExit):
+        main(["export", str(checkpoint), str(tmp_path / "a"), "--to", "kernel"])
+    assert main(["export", str(checkpoint), str(tmp_path / "a"), "--to", "kernels", "--architectures", "sm_90"]) == 2
+    assert "--architectures must be numbers such as 86,90, got sm_90" in capsys.readouterr().err
+    arguments = ["export", str(checkpoint), str(tmp_path / "a"), "--to", "kernels", "--architectures", "90"]
+    assert main(arguments) == 0
+    assert re.search(r"a: \d+ kernels for sm_90", capsys.readouterr().out)
+    own, other = (read_manifest(folder) for folder in (tmp_path / "a", pack))
+    assert own["functions"] == other["functions"] and own["dtype"] == "bfloat16"
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    assert "decode_step_gated_delta (mom::decode_step_, batch)" in printed and "decode_combine" in printed
+
+
+@pytest.mark.kernels
+def test_every_architecture(tmp_path: Path) -> None:
+    model = MoMForCausalLM(MoMConfig(vocab_size=257, hidden_size=256, num_hidden_layers=1, num_heads=4, head_dim=64))
+    manifest = to_kernels(model.bfloat16(), tmp_path / "kernels")
+    found = {
+        (kernel["architecture"], kernel["name"]) for f in manifest["functions"].values() for kernel in f["kernels"]
+    }
+    assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
+    assert len(found) % len(ARCHITECTURES) == 0
+    _build(tmp_path / "kernels", tmp_path / "check_pack")
+
+
 def model_for_gpu(**changes: object) -> MoMForCausalLM:
     sizes = {"vocab_size": 257, "hidden_size": 256, "num_heads": 4, "head_dim": 64, "num_hidden_layers": 1}
     return MoMForCausalLM(MoMConfig(**{**sizes, "num_memories": 4, "topk": 2, **changes})).bfloat16()  # type: ignore[arg-type]
@@ -192,7 +249,7 @@ def model_for_gpu(**changes: object) -> MoMForCausalLM:
     ],
 )
 def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Path) -> None:
-    """Bit for bit. MOM_CHECK_PACK names a ``check_pack`` that was built elsewhere for this very pack's table."""
+    """Bit for bit, launched from C++; the decode step also as a TensorRT plugin, where the headers to build it are."""
     model = model_for_gpu(**changes)
     major, minor = torch.cuda.get_device_capability()
     architecture = major * 10 + minor
@@ -200,13 +257,21 @@ def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Pat
     to_kernels(model, pack, [architecture])
     cases = []
     for function in functions(model.config, torch.bfloat16):
-        sizes = [(1, 1), (3, 2), (9, 4)] if len(function.units) > 1 else [(1, 0), (3, 0), (40, 0)]
+        sizes = [(1, 1), (2, 3), (4, 9)] if len(function.units) > 1 else [(1, 0), (3, 0), (40, 0)]
         cases += [(function, units) for units in sizes if entries(function, architecture)]
     cases = [
         case for case in cases if any(e.smallest <= case[1][0] <= e.largest for e in entries(case[0], architecture))
     ]
     count = write_cases(tmp_path / "cases", cases, architecture)
-    program = os.environ.get("MOM_CHECK_PACK") or str(_build(pack, tmp_path / "check_pack"))
+    program = str(_build(pack, tmp_path / "check_pack"))
     done = subprocess.run([program, str(pack), str(tmp_path / "cases")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(f"{count} cases, 0 buffers differ\n")
+
+    checker = tmp_path / "check_plugin"
+    source = str(SOURCES / "check_plugin.cpp")
+    subprocess.run([_compiler(), *_plugin_flags(), source, "-ldl", "-o", str(checker)], check=True)
+    library = str(_build_plugin(pack))
+    done = subprocess.run([str(checker), library, str(tmp_path / "cases")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "3 calls, 0 tensors differ\n"

@@ -235,3 +235,20 @@ def test_messages_about_values() -> None:
             q.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), g.expand(2, -1, -1),
             beta.expand(2, -1, -1), initial_state=torch.zeros(3, 4, 16, 8), state_indices=torch.tensor([1, 1]),
         )  # fmt: skip
+
+
+def test_whole_chunks_stay_in_place() -> None:
+    """Sequences of whole chunks are not placed anew; packed ones are, and give the same bits."""
+    q, k, v, g, beta = (x.requires_grad_() for x in rule_inputs("gated_delta", (2, 128)) if x is not None)
+    state = torch.randn(2, 4, 16, 8)
+    leaves = [q, k, v, g, beta]
+    actual = ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state)
+    packed = [x.flatten(0, 1).unsqueeze(0) for x in leaves]
+    q, k, v, g, beta = packed
+    bounds = torch.tensor([0, 128, 256])
+    expected = ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state, cu_seqlens=bounds)
+    assert torch.equal(actual[0].flatten(0, 1), expected[0][0]) and torch.equal(actual[1], expected[1])
+    grad = torch.randn_like(actual[0])
+    grads = torch.autograd.grad(actual[0], leaves, grad)
+    for a, b in zip(grads, torch.autograd.grad(expected[0], leaves, grad.view(expected[0].shape)), strict=True):
+        assert torch.equal(a, b)

@@ -64,6 +64,7 @@ def _decode_step() -> tuple[Any, ...]:
         torch.randn(2, 3, 4), torch.randn(2, 3, 4, 10), torch.randn(2, 3, 3), None, None, torch.randn(2, 3, 4, 2),
         torch.randn(2, 3, 4, 2), torch.rand(2), torch.randn(2), torch.randn(14, 4), torch.randn(2, 4, 2, 4, 3),
         torch.randn(2, 4, 14, 3), torch.rand(2, 3) > 0.5, "gated_delta", 2, True, 0.5,
+        torch.rand(3), torch.randn(2, 3, 6), 1e-6,
     )  # fmt: skip
 
 
@@ -87,18 +88,28 @@ def _samples() -> dict[str, Sample]:
             _rows(plan, 6).detach(), torch.randn(8, 6, 3), _rows(plan, 6).detach(), torch.randn(6, 4),
             torch.randn(8, 6, 3), *plan.segments, "silu",
         ),
+        "conv_qkv": lambda: (
+            torch.randn(70, 4, requires_grad=True), _rows(plan, 7), torch.randn(11, 4, requires_grad=True),
+            torch.randn(8, 11, 3, requires_grad=True), plan.slot_of, plan.entry_of, *plan.segments, 2,
+        ),
+        "conv_qkv_bwd": lambda: (
+            *(_rows(plan, 2, 2).detach() for _ in range(2)), _rows(plan, 3).detach(), torch.randn(8, 11, 3),
+            torch.randn(70, 4), _rows(plan, 7).detach(), torch.randn(11, 4), torch.randn(8, 11, 3), plan.slot_of,
+            plan.entry_of, *plan.segments, 2,
+        ),
         "gated_rms_norm": lambda: (*(torch.randn(3, 4, requires_grad=True) for _ in range(2)), torch.rand(4), 1e-6),
         "gated_rms_norm_bwd": lambda: (*(torch.randn(3, 4) for _ in range(3)), torch.rand(4), 1e-6),
         "grouped_linear": lambda: (_rows(plan, 5), torch.randn(4, 6, 5, requires_grad=True), plan.group_offset),
         "grouped_linear_dweight": lambda: (_rows(plan, 6).detach(), _rows(plan, 5).detach(), plan.group_offset),
+        "linear_cross_entropy": lambda: (
+            torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True),
+            torch.tensor([0, 5, -100, 2, 1]), -100, True,
+        ),
         "chunk_rule_bwd": _chunk_bwd,
         "decode_linear": lambda: (
-            torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), None, torch.randn(3, 6), "rms_norm", 1e-6,
+            torch.randn(2, 6), torch.randn(5, 6), torch.rand(6), torch.randn(3, 6), True, False, 1e-6,
         ),
-        "decode_linear_": lambda: (
-            torch.randn(2, 5), torch.randn(2, 6), torch.randn(5, 6), torch.rand(3), torch.randn(2, 6),
-            "gated_rms_norm", 1e-6,
-        ),
+        "decode_linear_": lambda: (torch.randn(2, 5), torch.randn(2, 6), torch.randn(5, 6)),
         "decode_step": _decode_step,
         "decode_step_": _decode_step,
     }  # fmt: skip

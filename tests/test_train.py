@@ -18,6 +18,7 @@ from models import tiny_config
 from mom_compile import MoMForCausalLM
 from mom_compile.cli import main
 from mom_compile.data import TextData, tokenize
+from mom_compile.evaluate import evaluate
 from mom_compile.optim import learning_rate_at, make_adamw, parameter_groups
 from mom_compile.tokenizer import ByteTokenizer
 from mom_compile.train import TrainConfig, Trainer, compiler_problem
@@ -34,7 +35,7 @@ def make(out: Path, resume: bool = False, data: TextData | None = None, **change
         "warmup_steps": 2,
         "held_out": 0.1,
         "log_every": 1,
-        "compile": False,
+        "compile": "none",
         "progress": False,
         "device": "cpu",
     }
@@ -234,11 +235,18 @@ def test_the_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(compiler_problem("cpu") is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("what", ["block", "model"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_steps_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_compiled_steps_are_the_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, what: str
+) -> None:
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    eager, compiled = make(tmp_path / "eager"), make(tmp_path / "compiled", compile=True)
+    eager, compiled = make(tmp_path / "eager"), make(tmp_path / "compiled", compile=what, memory="selective")
     assert compiled.compiled
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    evaluate(compiled.model, compiled.data.held_out, batch_size=2, seq_len=7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # evaluation stays eager
     for _ in range(3):
         a, b = eager.train_step(), compiled.train_step()
         assert a.loss == pytest.approx(b.loss, rel=1e-4) and a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
@@ -248,7 +256,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     text, out = tmp_path / "text.txt", tmp_path / "run"
     text.write_text(TEXT)
     sizes = "--hidden-size 32 --num-layers 1 --num-heads 1 --head-dim 8 --batch-size 2 --seq-len 16".split()
-    options = ["--out", str(out), "--no-compile", "--no-progress"]
+    options = ["--out", str(out), "--compile", "none", "--memory", "block", "--no-progress"]
     assert main(["train", "--data", str(text), *options, *sizes, "--max-steps", "2"]) == 0
     assert capsys.readouterr().out.strip() == str(out / "model")
     assert main(["train", *options, "--resume"]) == 2
@@ -297,7 +305,7 @@ def test_training_with_a_tokenizer_file_counts_bytes_exactly(tmp_path: Path) -> 
     (tmp_path / "text.txt").write_text(TEXT)
     config = TrainConfig(
         data=[str(tmp_path / "text.txt")], out=str(tmp_path / "run"), tokenizer=str(tmp_path / "tokenizer.json"),
-        batch_size=2, seq_len=16, max_steps=2, compile=False, device="cpu", progress=False,
+        batch_size=2, seq_len=16, max_steps=2, compile="none", device="cpu", progress=False,
     )  # fmt: skip
     trainer = Trainer(config, tiny_config(vocab_size=280), say=lambda message: None)
     assert trainer.data.train.num_bytes + trainer.data.held_out.num_bytes == len(TEXT)

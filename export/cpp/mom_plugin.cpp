@@ -2,7 +2,7 @@
 //
 // Node: MoMDecodeStep, version 1, domain or namespace "mom", attribute function (such as "decode_step_gated_delta").
 // Inputs: the pointer arguments of <function>.decode_state in the table's order without y (q, kv, logits, ..., state,
-// conv_state). Outputs: o, state and, with a convolution, conv_state after the token. Sizes, types and the update rule
+// conv_state), then those that <function>.decode_combine has beside them (norm_weight, gate). Outputs: o, state and, with a convolution, conv_state after the token. Sizes, types and the update rule
 // are those of the pack.
 //
 // Build it in the pack's folder, where it looks for the kernels, and load it with
@@ -68,6 +68,11 @@ struct Signature {
             }
             inputs.push_back(argument);
             if (is(argument, "state") || is(argument, "conv_state")) outputs.push_back(argument);
+        }
+        for (uint32_t i = 0; i < combine->num_arguments; ++i) {
+            const mom_argument *argument = &combine->arguments[i];
+            const bool known = is(argument, "y") || is(argument, "o") || index(argument->name) >= 0;
+            if (argument->kind == MOM_POINTER && !known) inputs.push_back(argument);
         }
     }
 

@@ -46,6 +46,7 @@ class Options(NamedTuple):
         size: name of a model in ``SIZES``.
         shapes: (batch, length) of the steps; the first one's first call is the warm-up that is reported.
         compile: run every block through ``torch.compile`` (regional compilation).
+        memory: memory policy, see :mod:`mom_compile.memory_policy`.
         repeats: measurements a median is over; a third of it from ``LONG`` tokens up.
         peers: folder of adapters or None.
         operators: also the gated delta rule beside the peers'.
@@ -56,6 +57,7 @@ class Options(NamedTuple):
     size: str = "512m"
     shapes: Sequence[tuple[int, int]] = ((8, 2048), (1, 16384))
     compile: bool = True
+    memory: str = "auto"
     repeats: int = 6
     peers: Path | None = None
     operators: bool = True
@@ -110,6 +112,7 @@ def _model(
     """Rows of the whole model; the ms by (batch, length)."""
     torch.manual_seed(0)
     model = MoMForCausalLM(config).to(device, dtype).train()
+    model.set_memory_policy(options.memory)
     if options.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True)
@@ -148,7 +151,8 @@ def _model(
             **row, ms=ms, tokens_per_s=tokens / ms * 1e3, us_per_token=ms * 1e3 / tokens, times_ours=1.0,
             tflop_s=flops / 1e12, of_matmul=flops / ceilings.matmul,
             mfu=flops / ceilings.peak if ceilings.peak else None, peak_gib=peak, first_step_s=warm_up,
-            since_start_s=since_start, note="blocks compiled" if options.compile else "eager",
+            since_start_s=since_start,
+            note=f"{'blocks compiled' if options.compile else 'eager'}, memory {options.memory}",
         )  # fmt: skip
     return times
 

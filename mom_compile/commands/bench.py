@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--shape", nargs="+", metavar="BxT", help="batch x length of the steps (8x2048 1x16384)")
     train.add_argument("--length", type=int, nargs="*", help="lengths of one sequence as well (2048 to 262144)")
     train.add_argument("--no-compile", action="store_true", help="run the model eagerly")
+    train.add_argument(
+        "--memory", default="auto", metavar="POLICY", help="memory policy: auto (default), save, selective or block"
+    )
     train.add_argument("--quick", action="store_true", help="no further lengths, no operators")
     train.add_argument(
         "--keep-caches", action="store_true", help="use the compilers' caches: the first step is shorter"
@@ -112,6 +115,7 @@ def _train(args: argparse.Namespace) -> int:
         size=args.size or ("512m" if gpu else "tiny"),
         shapes=shapes,
         compile=not args.no_compile,
+        memory=args.memory,
         peers=peers_folder(args.peers),
         operators=not args.quick,
         slow_peers=args.slow_peers,

@@ -6,9 +6,12 @@ import argparse
 from functools import partial
 from typing import Any
 
+from .verify import add_text_argument
+
 TARGETS = {
     "onnxruntime": "com.microsoft::LinearAttention, fast",
     "portable": "standard ONNX operators only",
+    "opset27": "standard ONNX operators, those of opset 27 among them",
     "genai": "a folder for ONNX Runtime GenAI",
     "pt2": "torch.export programs, operators whole",
     "kernels": "the Triton kernels as cubin and PTX, with a C header and launcher",
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="onnxruntime",
         help="; ".join(f"{name}: {summary}" for name, summary in TARGETS.items()),
     )
+    add_text_argument(parser)
     parser.add_argument("--tolerance", type=float, help="largest relative error (default 1e-4, more below float32)")
 
     def option(name: str, summary: str, **rest: Any) -> None:
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import export
     from ..model import MoMForCausalLM
     from ..run_folder import model_folder
+    from .verify import held_out
 
     options: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name in options:
@@ -92,7 +97,11 @@ def run(args: argparse.Namespace) -> int:
         "genai": export.to_genai,
         "tensorrt": export.to_tensorrt,
     }
-    exporter = exporters.get(args.to) or partial(export.to_onnx, target=args.to)
+    exporter = exporters.get(args.to)
+    if exporter is None:
+        exporter = partial(
+            export.to_onnx, target=args.to, text=held_out(args.checkpoint, args.text, model.config.vocab_size)
+        )
     report = exporter(model, args.target, **options)
     print(report)
     print(f"{args.target}: {args.to}, largest relative error {report.error:.1e}")

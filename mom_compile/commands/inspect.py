@@ -41,7 +41,16 @@ def _artifact(manifest: Mapping[str, Any]) -> Iterator[str]:
         for check in parity["checks"]:
             error = f"{check['error']:.1e}" if "error" in check else "-"
             yield f"  {check['name']}: {error}" + (f" ({check['note']})" if "note" in check else "")
-    for name, io in manifest["io"].items():
+    for name, function in manifest.get("functions", {}).items():
+        yield ""
+        yield f"{name} ({function['operator']}, {', '.join(function['units'])})"
+        yield from _table([_kernel(kernel) for kernel in function["kernels"]] or [(function["note"],)])
+    if "engines" in manifest:
+        targets = ", ".join(f"{value // 10}.{value % 10}" for value in manifest["compute_capabilities"])
+        ranges = ", ".join(f"{name} {smallest} to {most}" for name, (smallest, _, most) in manifest["ranges"].items())
+        files = ", ".join(engine["file"] for engine in manifest["engines"].values())
+        yield f"engines for compute capability {targets}: {files}; {ranges}"
+    for name, io in manifest.get("io", {}).items():
         yield ""
         opsets = ", ".join(f"{domain} {version}" for domain, version in io.get("opsets", {}).items())
         yield f"{manifest['graphs'][name]} ({name}{', opsets ' + opsets if opsets else ''})"
@@ -51,6 +60,12 @@ def _artifact(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {sum(io['operators'].values())} operators: " + ", ".join(f"{n} {count}" for n, count in counted)
     yield ""
     yield from _table([("file", name, _size(entry["bytes"])) for name, entry in manifest["files"].items()])
+
+
+def _kernel(kernel: Mapping[str, Any]) -> tuple[str, ...]:
+    grid = " x ".join(str(axis) for axis in kernel["grid"] if axis != 1)
+    sizes = f"{kernel['shared_bytes']} B shared, {kernel['registers']} registers"
+    return f"sm_{kernel['architecture']}", kernel["name"], f"grid {grid}", f"{kernel['threads']} threads", sizes
 
 
 def _checkpoint(folder: Path) -> Iterator[str]:

@@ -56,7 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--update-rule", default=argparse.SUPPRESS, metavar="RULE", help="linear, retention, mamba2, delta, gated_delta"
     )
-    parser.add_argument("--no-compile", action="store_true", help="run eagerly")
+    parser.add_argument(
+        "--compile", default=argparse.SUPPRESS, metavar="WHAT", help="block (default), model or none: what is compiled"
+    )
+    parser.add_argument(
+        "--memory", default=argparse.SUPPRESS, metavar="POLICY",
+        help="what is kept for the backward: auto (default), save, selective or block",
+    )  # fmt: skip
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--device", default=argparse.SUPPRESS, help="such as cpu or cuda")
 
@@ -72,10 +78,9 @@ def run(args: argparse.Namespace) -> int:
     from ..train import TrainConfig, Trainer
 
     given = vars(args)
-    settings: dict[str, Any] = {name: given[name] for name in (*_TRAIN, "data", "tokenizer", "device") if name in given}
+    names = (*_TRAIN, "data", "tokenizer", "device", "compile", "memory")
+    settings: dict[str, Any] = {name: given[name] for name in names if name in given}
     settings |= {"out": args.out}
-    if args.no_compile:
-        settings["compile"] = False
     if args.no_progress:
         settings["progress"] = False
     model_settings: dict[str, Any] = {

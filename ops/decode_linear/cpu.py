@@ -7,38 +7,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def prepare(x: Tensor, norm_weight: Tensor | None, gate: Tensor | None, input: str, eps: float) -> Tensor:
-    """f(x) of :func:`mom_compile.ops.decode_linear`, in the dtype of x."""
+def normed(x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm(x) in the dtype of x."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if input == "swiglu":
-        left, right = x.to(dtype).chunk(2, 1)
-        return (F.silu(left) * right).to(x.dtype)
-    if norm_weight is None:
-        return x
-    value = x.to(dtype).unflatten(1, (-1, norm_weight.shape[0]))
-    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
-    value = value.flatten(1)
-    if gate is not None:
-        value = value * F.silu(gate.to(dtype))
-    return value.to(x.dtype)
+    value = x.to(dtype)
+    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    return (value if norm_weight is None else value * norm_weight.to(dtype)).to(x.dtype)
 
 
-def product(value: Tensor, weight: Tensor, y: Tensor | None) -> Tensor:
-    """``value W^T``, added to ``y`` in place where there is one."""
-    return value @ weight.t() if y is None else y.addmm_(value, weight.t())
+def product(value: Tensor, weight: Tensor, y: Tensor | None, swiglu: bool) -> Tensor:
+    """``value W^T``, added to ``y`` in place where there is one; with ``swiglu`` its halves are multiplied."""
+    if y is not None:
+        return y.addmm_(value, weight.t())
+    y = value @ weight.t()
+    if not swiglu:
+        return y
+    left, right = y.to(torch.promote_types(y.dtype, torch.float32)).chunk(2, 1)
+    return (F.silu(left) * right).to(y.dtype)
 
 
 def decode_linear(
     x: Tensor,
     weight: Tensor,
     norm_weight: Tensor | None,
-    gate: Tensor | None,
     small_weight: Tensor | None,
-    input: str,
+    norm: bool,
+    swiglu: bool,
     eps: float,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as ``mom::decode_linear``; with ``y`` the product is added to it in place."""
-    value = prepare(x, norm_weight, gate, input, eps)
+    value = normed(x, norm_weight, eps) if norm else x
     small = x.new_empty(0) if small_weight is None else value.to(small_weight.dtype) @ small_weight.t()
-    return product(value, weight, y), small
+    return product(value, weight, y, swiglu), small

@@ -6,59 +6,58 @@ import triton
 import triton.language as tl
 
 from .._triton import INTERPRET
+from .._triton_kernels import after_previous, helper
 
-helper = (lambda function: function) if INTERPRET else triton.jit
-"""The interpreter rewrites a @triton.jit function at every call from another, which a plain one is spared."""
-
-PLAIN, RMS_NORM, GATED_RMS_NORM, SWIGLU = (tl.constexpr(code) for code in range(4))
+INTERPRETED = tl.constexpr(INTERPRET)
 
 
 @helper
-def _whole_row(
-    x, norm_weight, gate, row, gate_stride, eps, INPUT: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr
-):
-    """f(x) of one row ``[BF]``, rounded to the dtype of x, as float32. A norm by head needs powers of two."""
+def _whole_row(x, norm_weight, row, eps, F: tl.constexpr, BF: tl.constexpr, NORM: tl.constexpr):
+    """f(x) of one row ``[BF]``, rounded to the dtype of x, as float32."""
     feature = tl.arange(0, BF)
     mask = feature < F
-    source = x + row * (F * (2 if INPUT == SWIGLU else 1)) + feature
-    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    if INPUT == SWIGLU:
-        value = value * tl.sigmoid(value) * tl.load(source + F, mask=mask, other=0.0).to(tl.float32)
-    if INPUT == RMS_NORM:
-        factor = tl.load(norm_weight + feature, mask=mask, other=0.0).to(tl.float32)
-        value = value * (1.0 / tl.sqrt(tl.sum(value * value, 0) / F + eps)) * factor
-    if INPUT == GATED_RMS_NORM:
-        heads = tl.reshape(value, [BF // V, V])
-        heads = heads * (1.0 / tl.sqrt(tl.sum(heads * heads, 1) / V + eps))[:, None]
-        factor = tl.load(norm_weight + feature % V, mask=mask, other=0.0).to(tl.float32)
-        value = tl.reshape(heads, [BF]) * factor
-        if gate is not None:
-            gating = tl.load(gate + row * gate_stride + feature, mask=mask, other=0.0).to(tl.float32)
-            value = value * gating * tl.sigmoid(gating)
-    return value.to(x.dtype.element_ty).to(tl.float32)
+    value = tl.load(x + row * F + feature, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        value = value * (1.0 / tl.sqrt(tl.sum(value * value, 0) / F + eps))
+        if norm_weight is not None:
+            value *= tl.load(norm_weight + feature, mask=mask, other=0.0).to(tl.float32)
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+    return value
 
 
 @helper
 def _small_product(
-    x, norm_weight, gate, small_weight, small, row, block, gate_stride, eps,
-    INPUT: tl.constexpr, F: tl.constexpr, P: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
+    x, norm_weight, small_weight, small, row, block, eps,
+    F: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row and a block of the small product."""
     output = block * BP + tl.arange(0, BP)
     feature = tl.arange(0, BF)
     mask = (output < P)[:, None] & (feature < F)[None, :]
     tile = tl.load(small_weight + output[:, None] * F + feature[None, :], mask=mask, other=0.0)
-    value = _whole_row(x, norm_weight, gate, row, gate_stride, eps, INPUT, F, V, BF)
+    if PDL:
+        after_previous()
+    value = _whole_row(x, norm_weight, row, eps, F, BF, NORM)
     tl.store(small + row * P + output, tl.sum(tile * value[None, :], 1), mask=output < P)
 
 
-@triton.jit(do_not_specialize=["gate_stride", "eps"])
+@helper
+def _dot(a, b, total):
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total)
+
+
+@triton.jit(do_not_specialize=["eps"])
 def decode_row_kernel(
-    x, weight, norm_weight, gate, small_weight, y, small, gate_stride, eps,
-    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
-    BO: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr,
+    x, weight, norm_weight, small_weight, y, small, eps,
+    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
+    BF: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row and a block of outputs: first of ``weight`` (added to y where ADD), then of the small one."""
+    """One row and a block of outputs: first of ``weight`` (added to y where ADD), then of the small one.
+
+    OUT counts what is stored; with SWIGLU ``weight`` has twice as many rows.
+    """
     BLOCKS: tl.constexpr = (OUT + BO - 1) // BO
     PROGRAMS: tl.constexpr = BLOCKS + (P + BP - 1) // BP
     pid = tl.program_id(0)
@@ -69,26 +68,80 @@ def decode_row_kernel(
     if block < BLOCKS:
         output = block * BO + tl.arange(0, BO)
         mask = (output < OUT)[:, None] & (feature < F)[None, :]
-        # The weights first: they are on their way while the row is prepared.
-        tile = tl.load(weight + output.to(tl.int64)[:, None] * F + feature[None, :], mask=mask, other=0.0)
-        value = _whole_row(x, norm_weight, gate, row, gate_stride, eps, INPUT, F, V, BF)
+        source = weight + output.to(tl.int64)[:, None] * F + feature[None, :]
+        # The weights first: they are on their way while the row is prepared, or still being computed.
+        tile = tl.load(source, mask=mask, other=0.0)
+        if SWIGLU:
+            second = tl.load(source + OUT * F, mask=mask, other=0.0)
+        if PDL:
+            after_previous()
+        value = _whole_row(x, norm_weight, row, eps, F, BF, NORM)
         total = tl.sum(tile.to(tl.float32) * value[None, :], 1)
+        if SWIGLU:
+            total = total * tl.sigmoid(total) * tl.sum(second.to(tl.float32) * value[None, :], 1)
         target = row * OUT + output
         if ADD:
             total += tl.load(y + target, mask=output < OUT, other=0.0).to(tl.float32)
         tl.store(y + target, total.to(y.dtype.element_ty), mask=output < OUT)
     else:
         if P > 0:
-            _small_product(
-                x, norm_weight, gate, small_weight, small, row, block - BLOCKS, gate_stride, eps,
-                INPUT, F, P, V, BF, BP,
-            )  # fmt: skip
+            _small_product(x, norm_weight, small_weight, small, row, block - BLOCKS, eps, F, P, NORM, BF, BP, PDL)
 
 
-@triton.jit(do_not_specialize=["gate_stride", "eps"])
+@triton.jit(do_not_specialize=["rows", "eps"])
+def decode_tile_kernel(
+    x, weight, norm_weight, small_weight, y, small, rows, eps,
+    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
+    BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All rows (at most BR) and a block of outputs on tensor cores, or one row and a block of the small product.
+
+    The norm has no weight here: its factor of a row stands behind the product, and the sums of squares are the diagonal
+    of one more product, so that x goes from memory to the tensor cores as it is. BYTES: of BO rows of ``weight``,
+    prefetched while the kernel before this one runs; 0: none.
+    """
+    PARTS: tl.constexpr = (P + BP - 1) // BP
+    pid = tl.program_id(0)
+    # The programs of the small product start first: they would be a tail.
+    block = pid - rows * PARTS
+    if block >= 0:
+        row, output = tl.arange(0, BR), block * BO + tl.arange(0, BO)
+        total = tl.zeros([BR, BO], tl.float32)
+        right = tl.zeros([BR, BO], tl.float32)
+        squares = tl.zeros([BR, BR], tl.float32)
+        for begin in tl.range(0, F, BK, num_stages=STAGES):
+            feature = begin + tl.arange(0, BK)
+            mask = (row < rows)[:, None] & (feature < F)[None, :]
+            value = tl.load(x + row[:, None] * F + feature[None, :], mask=mask, other=0.0)
+            mask = (output < OUT)[None, :] & (feature < F)[:, None]
+            source = weight + output.to(tl.int64)[None, :] * F + feature[:, None]
+            total = _dot(value, tl.load(source, mask=mask, other=0.0), total)
+            if SWIGLU:
+                right = _dot(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
+            if NORM:
+                squares = _dot(value, tl.trans(value), squares)
+        if NORM:
+            square = tl.sum(tl.where(row[:, None] == row[None, :], squares, 0.0), 1)
+            factor = 1.0 / tl.sqrt(square / F + eps)
+            total *= factor[:, None]
+            right *= factor[:, None]
+        if SWIGLU:
+            total = total * tl.sigmoid(total) * right
+        target = row[:, None] * OUT + output[None, :]
+        mask = (row < rows)[:, None] & (output < OUT)[None, :]
+        if ADD:
+            total += tl.load(y + target, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + target, total.to(y.dtype.element_ty), mask=mask)
+    else:
+        if P > 0:
+            own = (pid // PARTS).to(tl.int64)
+            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, False)
+
+
+@triton.jit(do_not_specialize=["eps"])
 def decode_prepare_kernel(
-    x, norm_weight, gate, small_weight, result, small, gate_stride, eps,
-    F: tl.constexpr, P: tl.constexpr, INPUT: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
+    x, norm_weight, small_weight, result, small, eps,
+    F: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """f(x) of one row, or a block of its small product."""
     PROGRAMS: tl.constexpr = 1 + (P + BP - 1) // BP
@@ -96,11 +149,18 @@ def decode_prepare_kernel(
     row = (pid // PROGRAMS).to(tl.int64)
     if pid % PROGRAMS == 0:
         feature = tl.arange(0, BF)
-        value = _whole_row(x, norm_weight, gate, row, gate_stride, eps, INPUT, F, V, BF)
+        value = _whole_row(x, norm_weight, row, eps, F, BF, NORM)
         tl.store(result + row * F + feature, value.to(result.dtype.element_ty), mask=feature < F)
     else:
         if P > 0:
-            _small_product(
-                x, norm_weight, gate, small_weight, small, row, pid % PROGRAMS - 1, gate_stride, eps,
-                INPUT, F, P, V, BF, BP,
-            )  # fmt: skip
+            _small_product(x, norm_weight, small_weight, small, row, pid % PROGRAMS - 1, eps, F, P, NORM, BF, BP, False)
+
+
+@triton.jit(do_not_specialize=["total"])
+def decode_swiglu_kernel(x, y, total, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """``y`` ``[N, OUT]`` from ``x`` ``[N, 2 OUT]``: the product of its halves, the left one through SiLU."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    source = x + index // OUT * (2 * OUT) + index % OUT
+    left = tl.load(source, mask=index < total, other=0.0).to(tl.float32)
+    right = tl.load(source + OUT, mask=index < total, other=0.0).to(tl.float32)
+    tl.store(y + index, (left * tl.sigmoid(left) * right).to(y.dtype.element_ty), mask=index < total)

@@ -11,94 +11,119 @@ from torch import Tensor
 from .._kernel_variant import KernelVariant
 from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from . import cpu
-from .kernels import decode_prepare_kernel, decode_row_kernel
+from .kernels import decode_prepare_kernel, decode_row_kernel, decode_swiglu_kernel, decode_tile_kernel
 
-CODES = {"plain": 0, "rms_norm": 1, "gated_rms_norm": 2, "swiglu": 3}
 MOST_ROWS = 4
-"""Above it the matrix product of torch takes over."""
+"""Up to it a program takes one row and whole rows of the weight."""
+MOST_TILE_ROWS = 16
+"""Up to it a program takes all rows; above it the matrix product of torch takes over."""
 MOST_FEATURES = 16384
 PROGRAMS = 256
 """What a launch should at least have to keep the multiprocessors of a large GPU busy."""
+TILE_PROGRAMS = 60
+"""The same for the tile kernel, whose programs have more in flight."""
+MEASURED = {
+    (1024, 12288, False): (64, 128, 3),
+    (1024, 1024, False): (8, 128, 6),
+    (1024, 2048, True): (32, 128, 4),
+    (2048, 1024, False): (16, 256, 4),
+    (1024, 32000, False): (64, 256, 3),
+}
+"""(F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6."""
+SWIGLU_BLOCK = 1024
 
 
-def _constants(features: int, small: int, input: str, head: int) -> dict[str, Any]:
-    # Without a norm by head V is not used; one value keeps the compiled kernels few.
-    head = head if input == "gated_rms_norm" else 1
+def _constants(features: int, small: int, norm: bool) -> dict[str, Any]:
     wide = next_power_of_2(max(features, 16))
-    block = max(min(4096 // wide, 4), 1)
-    return {"F": features, "P": small, "INPUT": CODES[input], "V": head, "BF": wide, "BP": block}
+    return {"F": features, "P": small, "NORM": norm, "BF": wide, "BP": max(min(4096 // wide, 4), 1)}
 
 
 def _row_config(
-    features: int, outputs: int, small: int, input: str, head: int, add: bool, dtype: torch.dtype
+    features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool, dtype: torch.dtype
 ) -> Config:
-    constants = _constants(features, small, input, head)
+    constants = _constants(features, small, norm)
     # A program holds whole rows of the weight in registers.
-    block = max(min(16384 // constants["BF"] // (2 if dtype == torch.float32 else 1), 16), 1)
+    block = max(min(16384 // constants["BF"] // (2 if dtype == torch.float32 else 1) // (1 + swiglu), 16), 1)
     while block > 1 and cdiv(outputs, block) < PROGRAMS:
         block //= 2
-    warps = 8 if block * constants["BF"] >= 4096 else 4
-    return Config(constants | {"OUT": outputs, "BO": block, "ADD": add}, num_warps=warps)
+    warps = 8 if block * (1 + swiglu) * constants["BF"] >= 4096 else 4
+    constants |= {"OUT": outputs, "BO": block, "SWIGLU": swiglu, "ADD": add}
+    return Config(constants, num_warps=warps, overlap=True)
 
 
-def _fits(features: int, input: str, head: int) -> bool:
-    if input == "gated_rms_norm" and (head < 16 or head & (head - 1) or features & (features - 1)):
-        return False
-    return 0 < features <= MOST_FEATURES
+def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
+    constants = _constants(features, small, norm)
+    block = 64
+    while block > 8 and cdiv(outputs, block) < TILE_PROGRAMS:
+        block //= 2
+    depth, stages = min(next_power_of_2(max(features, 16)), 8192 // (block * (1 + swiglu)), 256), 4
+    block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, stages))
+    constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages}
+    constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
+    return Config(constants, num_warps=4)
 
 
 def decode_linear(
     x: Tensor,
     weight: Tensor,
     norm_weight: Tensor | None,
-    gate: Tensor | None,
     small_weight: Tensor | None,
-    input: str,
+    norm: bool,
+    swiglu: bool,
     eps: float,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as ``mom::decode_linear``; with ``y`` the product is added to it in place."""
-    rows, (outputs, features) = x.shape[0], weight.shape
-    head = 1 if norm_weight is None else norm_weight.shape[0]
-    if not _fits(features, input, head):
-        return cpu.decode_linear(x, weight, norm_weight, gate, small_weight, input, eps, y)
+    rows, features = x.shape
+    outputs = weight.shape[0] // (1 + swiglu)
+    if not 0 < features <= MOST_FEATURES:
+        return cpu.decode_linear(x, weight, norm_weight, small_weight, norm, swiglu, eps, y)
     x, weight = x.contiguous(), weight.contiguous()
-    if gate is not None and gate.stride(1) != 1:
-        gate = gate.contiguous()
-    gate_stride = 0 if gate is None else gate.stride(0)
     norm_weight, small_weight = (None if t is None else t.contiguous() for t in (norm_weight, small_weight))
     small_outputs = 0 if small_weight is None else small_weight.shape[0]
     small = x.new_empty(0) if small_weight is None else small_weight.new_empty(rows, small_outputs)
+    add = y is not None
     if rows <= MOST_ROWS:
-        config = _row_config(features, outputs, small_outputs, input, head, y is not None, x.dtype)
+        config = _row_config(features, outputs, small_outputs, norm, swiglu, add, x.dtype)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + cdiv(small_outputs, config.constants["BP"])
-        launch(
-            decode_row_kernel, (rows * programs,), config, x, weight, norm_weight, gate, small_weight, y, small,
-            gate_stride, eps,
-        )  # fmt: skip
+        launch(decode_row_kernel, (rows * programs,), config, x, weight, norm_weight, small_weight, y, small, eps)
         return y, small
-    value = x
-    if input != "plain" or small_weight is not None:
+    # Squares of float16 may overflow; float32 would need tensor cores in several passes.
+    tiles = rows <= MOST_TILE_ROWS and x.dtype == torch.bfloat16
+    if norm_weight is not None or not tiles and (norm or small_weight is not None):
         value = x.new_empty(rows, features)
-        config = Config(_constants(features, small_outputs, input, head))
+        config = Config(_constants(features, small_outputs, norm))
         programs = rows * (1 + cdiv(small_outputs, config.constants["BP"]))
-        launch(
-            decode_prepare_kernel, (programs,), config, x, norm_weight, gate, small_weight, value, small,
-            gate_stride, eps,
-        )  # fmt: skip
-    return cpu.product(value, weight, y), small
+        launch(decode_prepare_kernel, (programs,), config, x, norm_weight, small_weight, value, small, eps)
+        x, norm, small_weight, small_outputs = value, False, None, 0
+    if tiles:
+        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
+        y = x.new_empty(rows, outputs) if y is None else y
+        programs = cdiv(outputs, config.constants["BO"]) + rows * cdiv(small_outputs, config.constants["BP"])
+        launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
+        return y, small
+    y = cpu.product(x, weight, y, False)
+    if swiglu:
+        halves, y = y, x.new_empty(rows, outputs)
+        grid = (cdiv(y.numel(), SWIGLU_BLOCK),)
+        launch(decode_swiglu_kernel, grid, _swiglu_config(outputs), halves, y, y.numel())
+    return y, small
 
 
-def _arguments(kernel: Any, dtype: torch.dtype, input: str, small: bool) -> dict[str, str | None]:
+def _swiglu_config(outputs: int) -> Config:
+    return Config({"OUT": outputs, "BLOCK": SWIGLU_BLOCK})
+
+
+def _arguments(kernel: Any, dtype: torch.dtype, norm: bool, small: bool) -> dict[str, str | None]:
     kind = pointer(dtype)
     arguments: dict[str, str | None] = dict.fromkeys(("x", "weight", "y", "result"), kind)
     arguments |= {
-        "norm_weight": kind if input.endswith("rms_norm") else None,
-        "gate": kind if input == "gated_rms_norm" else None,
+        "norm_weight": kind if norm else None,
         "small_weight": "*fp32" if small else None,
         "small": "*fp32" if small else kind,
-        "gate_stride": "i32",
+        "rows": "i32",
+        "total": "i32",
         "eps": "fp32",
     }
     return {name: kind for name, kind in arguments.items() if name in kernel.arg_names}
@@ -107,22 +132,27 @@ def _arguments(kernel: Any, dtype: torch.dtype, input: str, small: bool) -> dict
 def variants() -> Iterator[KernelVariant]:
     """The layers of a decode step over widths and dtypes."""
     for dtype in KERNEL_DTYPES:
-        for width, head in ((64, 16), (320, 64), (1024, 256), (2048, 128)):
-            cases = [
-                ("rms_norm", 4 * width, 1, False, 44),
-                ("gated_rms_norm", width, head, True, 0),
-                ("swiglu", width, 1, True, 0),
-                ("plain", 32000, 1, False, 0),
+        for width in (64, 320, 1024, 2048):
+            cases = [  # outputs, norm, swiglu, add, small outputs
+                (4 * width, True, False, False, 44),
+                (2 * width, True, True, False, 0),
+                (width, False, False, True, 0),
+                (32000, True, False, False, 0),
             ]
-            for input, outputs, size, add, small in cases:
-                if not _fits(width, input, size):
-                    continue
-                label = f"F={width} OUT={outputs} {input} {dtype}"
-                quick = width == 1024 and dtype == torch.bfloat16 and input == "rms_norm"
-                config = _row_config(width, outputs, small, input, size, add, dtype)
-                arguments = _arguments(decode_row_kernel, dtype, input, small > 0)
+            for outputs, norm, swiglu, add, small in cases:
+                label = f"F={width} OUT={outputs} {dtype}" + " swiglu" * swiglu + " norm" * norm + " add" * add
+                quick = width == 1024 and dtype == torch.bfloat16
+                weight = outputs == 32000
+                config = _row_config(width, outputs, small, norm, swiglu, add, dtype)
+                arguments = _arguments(decode_row_kernel, dtype, weight, small > 0)
                 yield variant(label, decode_row_kernel, arguments, config, quick)
-                if input != "plain":
-                    config = Config(_constants(width, small, input, size))
-                    arguments = _arguments(decode_prepare_kernel, dtype, input, small > 0)
-                    yield variant(label, decode_prepare_kernel, arguments, config, quick)
+                if dtype == torch.bfloat16:
+                    arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
+                    config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
+                    yield variant(label, decode_tile_kernel, arguments, config, quick)
+                if norm:
+                    config = Config(_constants(width, small, norm))
+                    arguments = _arguments(decode_prepare_kernel, dtype, weight, small > 0)
+                    yield variant(label, decode_prepare_kernel, arguments, config, quick and small > 0)
+            arguments = _arguments(decode_swiglu_kernel, dtype, False, False)
+            yield variant(f"OUT={width} {dtype}", decode_swiglu_kernel, arguments, _swiglu_config(width), width == 1024)

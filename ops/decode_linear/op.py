@@ -14,55 +14,49 @@ from . import cpu
 
 launch = LazyLaunch(__package__ or "")
 
-INPUTS = ("plain", "rms_norm", "gated_rms_norm", "swiglu")
-
 
 def _check(
     x: Tensor,
     weight: Tensor,
-    norm_weight: Tensor | None,
-    gate: Tensor | None,
-    small_weight: Tensor | None,
-    input: str,
-    eps: float,
+    norm_weight: Tensor | None = None,
+    small_weight: Tensor | None = None,
+    norm: bool = False,
+    swiglu: bool = False,
+    eps: float = 1e-6,
 ) -> None:
-    if input not in INPUTS:
-        raise ValueError(f"input must be one of {', '.join(INPUTS)}, got {input!r}; choose one of them")
     check_rank("weight", weight, "[O, F]")
     features = weight.shape[1]
-    check_shape("x", x, (None, features * (1 + (input == "swiglu"))), "[N, F], [N, 2 F] for swiglu")
+    check_shape("x", x, (None, features), "[N, F]")
     check_dtype("x", x, FLOATS)
     check_dtype("weight", weight, (x.dtype,))
-    if (norm_weight is not None) != input.endswith("rms_norm"):
-        rule, got = ("be given", "None") if norm_weight is None else ("be None", "a tensor")
-        raise ValueError(f"norm_weight must {rule} with input {input}, got {got}; only the norms have a weight")
+    if swiglu and weight.shape[0] % 2:
+        raise ValueError(
+            f"weight must have an even number of rows with swiglu, got {weight.shape[0]}; lay the gate's over the up's"
+        )
     if norm_weight is not None:
-        check_rank("norm_weight", norm_weight, "[V]")
+        if not norm:
+            raise ValueError("norm_weight must be None without norm, got a tensor; pass norm=True")
+        check_shape("norm_weight", norm_weight, (features,), "[F]")
         check_dtype("norm_weight", norm_weight, (x.dtype,))
-        size = norm_weight.shape[0]
-        if size == 0 or features % size or (input == "rms_norm" and size != features):
-            raise ValueError(
-                f"norm_weight must be [V] with V = F = {features}, or a divisor of F for gated_rms_norm, got shape "
-                f"{tuple(norm_weight.shape)}; pass the weight of this norm"
-            )
-    if gate is not None:
-        if input != "gated_rms_norm":
-            raise ValueError(f"gate must be None with input {input}, got a tensor; only gated_rms_norm has a gate")
-        check_shape("gate", gate, tuple(x.shape), "[N, F]")
-        check_dtype("gate", gate, (x.dtype,))
     if small_weight is not None:
         check_shape("small_weight", small_weight, (None, features), "[P, F]")
         check_dtype("small_weight", small_weight, (torch.promote_types(x.dtype, torch.float32),))
-    others = {"norm_weight": norm_weight, "gate": gate, "small_weight": small_weight}
-    check_same_device("x", x, weight=weight, **others)
+    check_same_device("x", x, weight=weight, norm_weight=norm_weight, small_weight=small_weight)
 
 
-def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check(x, weight, *rest)
-    small = rest[2]
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    small_weight: Tensor | None,
+    norm: bool,
+    swiglu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, norm_weight, small_weight, norm, swiglu, eps)
     return (
-        x.new_empty(x.shape[0], weight.shape[0]),
-        x.new_empty(0) if small is None else small.new_empty(x.shape[0], small.shape[0]),
+        x.new_empty(x.shape[0], weight.shape[0] // (1 + swiglu)),
+        x.new_empty(0) if small_weight is None else small_weight.new_empty(x.shape[0], small_weight.shape[0]),
     )
 
 
@@ -71,26 +65,23 @@ def _functional(run: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return run(*args)
 
 
-def _check_in_place(
-    residual: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor | None, gate: Tensor | None, input: str, eps: float
-) -> tuple[Any, ...]:
-    args = (x, weight, norm_weight, gate, None, input, eps)
-    _check(*args)
+def _check_in_place(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    _check(x, weight)
     check_shape("residual", residual, (x.shape[0], weight.shape[0]), "[N, O]")
     check_dtype("residual", residual, (x.dtype,))
     check_same_device("x", x, residual=residual)
     if not residual.is_contiguous():
         raise ValueError("residual must be contiguous to be updated in place, got a strided one; call .contiguous()")
-    return args
 
 
-def _in_place(run: Any, values: tuple[Any, ...]) -> None:
-    run(*_check_in_place(*values), values[0])
+def _in_place(run: Any, residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    _check_in_place(residual, x, weight)
+    run(x, weight, None, None, False, False, 0.0, residual)
 
 
 decode_linear = register_op(
     "decode_linear",
-    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? gate, Tensor? small_weight, str input, float eps) -> "
+    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? small_weight, bool norm, bool swiglu, float eps) -> "
     "(Tensor y, Tensor small)",
     fake=_fake,
     cpu=lambda *args: _functional(cpu.decode_linear, args),
@@ -98,9 +89,9 @@ decode_linear = register_op(
 )
 decode_linear_in_place = register_op(
     "decode_linear_",
-    "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? gate, str input, float eps) -> ()",
+    "(Tensor(a!) residual, Tensor x, Tensor weight) -> ()",
     mutates_args=("residual",),
-    fake=lambda *args: _check_in_place(*args) and None,
-    cpu=lambda *args: _in_place(cpu.decode_linear, args),
-    triton=lambda *args: _in_place(launch.decode_linear, args),
+    fake=_check_in_place,
+    cpu=lambda *args: _in_place(cpu.decode_linear, *args),
+    triton=lambda *args: _in_place(launch.decode_linear, *args),
 )

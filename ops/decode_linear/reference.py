@@ -9,21 +9,19 @@ from torch import Tensor
 def decode_linear_reference(
     x: Tensor,
     weight: Tensor,
-    norm_weight: Tensor | None,
-    gate: Tensor | None,
-    small_weight: Tensor | None,
-    input: str,
-    eps: float,
+    norm_weight: Tensor | None = None,
+    small_weight: Tensor | None = None,
+    norm: bool = False,
+    swiglu: bool = False,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:
-    """``f(x) W^T`` and ``f(x) P^T``, float64; arguments as :func:`mom_compile.ops.decode_linear`."""
+    """``h(f(x) W^T)`` and ``f(x) P^T``, float64; arguments as :func:`mom_compile.ops.decode_linear`."""
     value = x.double()
-    if input == "swiglu":
-        left, right = value.chunk(2, 1)
-        value = left * torch.sigmoid(left) * right
-    elif norm_weight is not None:
-        heads = value.unflatten(1, (-1, norm_weight.shape[0]))
-        heads = heads / (heads.square().mean(-1, keepdim=True) + eps).sqrt() * norm_weight.double()
-        value = heads.flatten(1)
-        if gate is not None:
-            value = value * gate.double() * torch.sigmoid(gate.double())
-    return value @ weight.double().t(), None if small_weight is None else value @ small_weight.double().t()
+    if norm:
+        value = value / (value.square().mean(-1, keepdim=True) + eps).sqrt()
+        value = value if norm_weight is None else value * norm_weight.double()
+    y = value @ weight.double().t()
+    if swiglu:
+        left, right = y.chunk(2, 1)
+        y = left * torch.sigmoid(left) * right
+    return y, None if small_weight is None else value @ small_weight.double().t()

@@ -29,6 +29,9 @@ def decode_step(
     topk: int = 2,
     shared: bool = True,
     scale: float | None = None,
+    norm_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A Mixture-of-Memories layer between its input projections and its output norm, for a few tokens.
 
@@ -58,10 +61,14 @@ def decode_step(
         topk: k.
         shared: the last memory is the shared one.
         scale: factor of the read, ``K ** -0.5`` by default.
+        norm_weight: ``[V]`` in the dtype of q: RMSNorm over the values of each head of the sum.
+        gate: ``[B, T, HV * V]`` in the dtype of q, with ``norm_weight``: what is normed is multiplied by SiLU(gate).
+        eps: of the norm, added to the mean square.
 
     Returns:
-        ``o`` ``[B, T, HV, V]`` in the dtype of q, the new ``recurrent_state`` and ``conv_state`` (None without one).
-        Not differentiable: the sequential rules (``recurrent_<rule>``) are.
+        ``o`` ``[B, T, HV, V]`` in the dtype of q, the sum or (with ``norm_weight``) its norm; the new
+        ``recurrent_state`` and ``conv_state`` (None without one). Not differentiable: the sequential rules
+        (``recurrent_<rule>``) are.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown rule, missing or superfluous arguments.
@@ -71,7 +78,7 @@ def decode_step(
     scale = _scale(scale, recurrent_state)
     o, state, window = decode_step_functional(
         q, kv, router_logits, router_indices, router_weights, a, b, A_log, dt_bias, conv_weight, recurrent_state,
-        conv_state, valid, rule, topk, shared, scale,
+        conv_state, valid, rule, topk, shared, scale, norm_weight, gate, eps,
     )  # fmt: skip
     return o, state, None if conv_state is None else window
 
@@ -95,12 +102,15 @@ def decode_step_(
     topk: int = 2,
     shared: bool = True,
     scale: float | None = None,
+    norm_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """:func:`decode_step` with the selected memories of ``recurrent_state`` and ``conv_state`` advanced in place.
 
     Args:
         q, kv, router_logits, router_indices, router_weights, a, b, A_log, dt_bias, conv_weight, valid, rule, topk, \
-shared, scale: as for :func:`decode_step`.
+shared, scale, norm_weight, gate, eps: as for :func:`decode_step`.
         recurrent_state, conv_state: as for :func:`decode_step`; contiguous, overwritten.
 
     Returns:
@@ -114,7 +124,7 @@ shared, scale: as for :func:`decode_step`.
     """
     return decode_step_in_place(
         q, kv, router_logits, router_indices, router_weights, a, b, A_log, dt_bias, conv_weight, recurrent_state,
-        conv_state, valid, rule, topk, shared, _scale(scale, recurrent_state),
+        conv_state, valid, rule, topk, shared, _scale(scale, recurrent_state), norm_weight, gate, eps,
     )  # fmt: skip
 
 

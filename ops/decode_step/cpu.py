@@ -28,6 +28,9 @@ def decode_step(
     topk: int,
     shared: bool,
     scale: float,
+    norm_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Arguments as ``mom::decode_step_``; o ``[B, T, HV, V]``."""
     batch, tokens, key_size = q.shape
@@ -37,53 +40,75 @@ def decode_step(
     weights, memory, usable = _routing(router_logits, router_indices, router_weights, topk, memories)
     if shared:
         memory = F.pad(memory, (0, 1), value=memories)
-        weights, usable = F.pad(weights, (0, 1), value=1.0), F.pad(usable, (0, 1), value=True)
+        weights = F.pad(weights, (0, 1), value=1.0)
+        usable = None if usable is None else F.pad(usable, (0, 1), value=True)
     if valid is not None:
-        usable = usable & valid.unsqueeze(-1)
+        every = valid.unsqueeze(-1)
+        usable = every.expand(memory.shape) if usable is None else usable & every
     group = torch.zeros_like(memory) if kv.shape[2] == 1 else memory
     row = torch.arange(batch, device=q.device).unsqueeze(1)
-    o = q.new_zeros(batch, tokens, value_heads, value_dim)
+    decay: Tensor | None = None
+    if kind.gate == "head":
+        decay = 1 - torch.exp2(-5.0 - torch.arange(value_heads, dtype=dtype, device=q.device))
+    outputs = []
     for t in range(tokens):
         pick, gate_row = memory[:, t], group[:, t]
-        use = usable[:, t]
+        use = None if usable is None else usable[:, t]
         x = torch.cat([q[:, t].unsqueeze(1).expand(-1, pick.shape[1], -1), kv[row, t, gate_row]], 2).to(dtype)
         if conv_state is not None and conv_weight is not None:
             before = conv_state[row, pick]
             window = torch.cat([before.to(dtype), x.unsqueeze(-1)], 3)
-            _write(conv_state, row, pick, use, window[..., 1:].to(before.dtype))
             x = (window * conv_weight.to(dtype)).sum(3)
+            _write(conv_state, row, pick, use, window[..., 1:].to(before.dtype))
         x = F.silu(x)
         qt, kt, v = x.split([key_size, key_size, value_heads * value_dim], 2)
-        qt, kt = (_unit(part.unflatten(2, (heads, key_dim)), value_heads // heads) for part in (qt, kt))
-        v = v.unflatten(2, (value_heads, value_dim))
-        decay: Tensor | None = None
-        if kind.gate == "head":
-            decay = 1 - torch.exp2(-5.0 - torch.arange(value_heads, dtype=dtype, device=q.device))
-        elif a is not None and A_log is not None and dt_bias is not None:
+        qt, kt = (_unit(torch.unflatten(part, 2, (heads, key_dim)), value_heads // heads) for part in (qt, kt))
+        v = torch.unflatten(v, 2, (value_heads, value_dim))
+        if a is not None and A_log is not None and dt_bias is not None:
             dt = F.softplus(a[row, t, gate_row].to(dtype) + dt_bias.to(dtype))
             decay = torch.exp(-A_log.to(dtype).exp() * dt)
             if rule == "mamba2":
                 v = v * dt.unsqueeze(-1)
         state = recurrent_state[row, pick].to(dtype)
+        # What was remembered is read before it is written: one pass over the state gives both products.
+        keys = torch.stack([qt, kt], 3) if b is not None else qt.unsqueeze(3)
         if decay is not None:
-            state = state * decay[..., None, None]
+            keys = keys * decay[..., None, None]
+        products = keys @ state
+        read = products[..., 0, :]
         if b is not None:
-            v = b[row, t, gate_row].to(dtype).sigmoid().unsqueeze(-1) * (v - (kt.unsqueeze(-2) @ state).squeeze(-2))
-        state = state + kt.unsqueeze(-1) * v.unsqueeze(-2)
-        read = scale * (qt.unsqueeze(-2) @ state).squeeze(-2)
+            v = b[row, t, gate_row].to(dtype).sigmoid().unsqueeze(-1) * (v - products[..., 1, :])
+        read = scale * (read + (qt * kt).sum(-1, keepdim=True) * v)
+        update = kt.unsqueeze(-1) * v.unsqueeze(-2)
+        state = (
+            update + state if decay is None else torch.addcmul(update, state, decay[..., None, None].expand_as(state))
+        )
         _write(recurrent_state, row, pick, use, state.to(recurrent_state.dtype))
-        # where, not a product: what a skipped memory holds may be infinite.
-        weighted = torch.where(use[..., None, None], read * weights[:, t, :, None, None].to(dtype), 0)
-        o[:, t] = weighted.sum(1).to(o.dtype)
-    return o
+        weighted = read * weights[:, t, :, None, None].to(dtype)
+        if use is not None:
+            # where, not a product: what a skipped memory holds may be infinite.
+            weighted = torch.where(use[..., None, None], weighted, 0)
+        outputs.append(weighted.sum(1).to(q.dtype))
+    if not outputs:
+        return q.new_zeros(batch, tokens, value_heads, value_dim)
+    o = torch.stack(outputs, 1)
+    return o if norm_weight is None else _normed(o, norm_weight, gate, eps, dtype)
 
 
-def _write(state: Tensor, row: Tensor, memory: Tensor, use: Tensor, value: Tensor) -> None:
-    if bool(use.all()):
+def _write(state: Tensor, row: Tensor, memory: Tensor, use: Tensor | None, value: Tensor) -> None:
+    if use is None:
         state[row, memory] = value
         return
     chosen = use.nonzero()
     state[chosen[:, 0], memory[chosen[:, 0], chosen[:, 1]]] = value[chosen[:, 0], chosen[:, 1]]
+
+
+def _normed(o: Tensor, norm_weight: Tensor, gate: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    value = o.to(dtype)
+    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
+    if gate is not None:
+        value = value * F.silu(gate.to(dtype).reshape(value.shape).contiguous())
+    return value.to(o.dtype)
 
 
 def _unit(x: Tensor, groups: int) -> Tensor:
@@ -93,13 +118,13 @@ def _unit(x: Tensor, groups: int) -> Tensor:
 
 def _routing(
     logits: Tensor | None, indices: Tensor | None, weights: Tensor | None, topk: int, memories: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, indices made safe, and which of them select a memory: ``[B, T, k]``."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights, indices made safe, and which of them select a memory (None: all): ``[B, T, k]``."""
     if indices is None:
         assert logits is not None
         chosen, order = route_fwd(logits.flatten(0, 1), topk)
         shape = (*logits.shape[:2], topk)
-        return chosen.view(shape), order.view(shape), torch.ones(shape, dtype=torch.bool, device=logits.device)
+        return chosen.view(shape), order.view(shape), None
     inside = (indices >= 0) & (indices < memories)
     earlier = torch.ones(topk, topk, dtype=torch.bool, device=indices.device).tril(-1)
     repeated = ((indices.unsqueeze(-1) == indices.unsqueeze(-2)) & earlier).any(-1)

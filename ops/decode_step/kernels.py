@@ -9,10 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import INTERPRET
-
-helper = (lambda function: function) if INTERPRET else triton.jit
-"""The interpreter rewrites a @triton.jit function at every call from another, which a plain one is spared."""
+from .._triton_kernels import after_previous, helper
 
 
 @helper
@@ -98,7 +95,7 @@ def decode_state_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr,
     SHARED: tl.constexpr, SINGLE: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
     TIMES_DT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVICT: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One sequence, choice, value head and block of V: the state is read once and written once.
 
@@ -112,6 +109,8 @@ def decode_state_kernel(
     rank = pid % CHOICES
     sequence = (pid // CHOICES).to(tl.int64)
     token = sequence * tokens + t
+    if PDL:
+        after_previous()
     memory, weight, use = _selection(
         logits, indices, weights, valid, token, logits_stride, rank, M, TOPK, BLOCK_M, BLOCK_K
     )
@@ -160,33 +159,46 @@ def decode_state_kernel(
     tl.store(result, weight * out, mask=value < V)
 
 
-@triton.jit(do_not_specialize=["t", "tokens", "q_stride", "kv_stride", "logits_stride"])
+@triton.jit(do_not_specialize=["t", "tokens", "q_stride", "kv_stride", "logits_stride", "gate_stride", "eps"])
 def decode_combine_kernel(
-    q, kv, logits, indices, weights, conv_state, valid, y, o, t, tokens, q_stride, kv_stride, logits_stride,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constexpr,
-    SINGLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ELEMENTS: tl.constexpr, MOVED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, kv, logits, indices, weights, conv_state, valid, y, norm_weight, gate, o,
+    t, tokens, q_stride, kv_stride, logits_stride, gate_stride, eps,
+    KEYS: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constexpr,
+    SINGLE: tl.constexpr, WIDTH: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, ELEMENTS: tl.constexpr,
+    MOVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``o`` as the sum of ``y`` over the choices, and the windows of the selected memories moved on by one input.
+    """``o`` as the sum of ``y`` over the choices, normed and gated; the selected windows moved on by one input.
 
-    KEYS and VALUES are H * K and HV * V; a program takes BLOCK values of one sequence, or MOVED channels of a window,
-    which fill at most ELEMENTS.
+    KEYS is H * K; a program takes BH heads of one sequence, or MOVED channels of a window, which fill at most ELEMENTS.
     """
+    VALUES: tl.constexpr = HV * V
     CHOICES: tl.constexpr = TOPK + SHARED
     CHANNELS: tl.constexpr = 2 * KEYS + VALUES
-    SUMS: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
+    SUMS: tl.constexpr = (HV + BH - 1) // BH
     MOVES: tl.constexpr = (CHANNELS + MOVED - 1) // MOVED
     PROGRAMS: tl.constexpr = SUMS + CHOICES * MOVES * (WIDTH > 0)
     pid = tl.program_id(0)
     sequence = (pid // PROGRAMS).to(tl.int64)
     part = pid % PROGRAMS
     token = sequence * tokens + t
+    if PDL:
+        after_previous()
     if part < SUMS:
-        value = part * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
+        head, column = part * BH + tl.arange(0, BH), tl.arange(0, BV)
+        value = head[:, None] * V + column[None, :]
+        mask = (head < HV)[:, None] & (column < V)[None, :]
+        total = tl.zeros([BH, BV], tl.float32)
         for rank in range(CHOICES):
-            total += tl.load(y + (sequence * CHOICES + rank) * VALUES + value, mask=value < VALUES, other=0.0)
-        tl.store(o + token * VALUES + value, total.to(o.dtype.element_ty), mask=value < VALUES)
+            total += tl.load(y + (sequence * CHOICES + rank) * VALUES + value, mask=mask, other=0.0)
+        if norm_weight is not None:
+            # Rounded first, as the sum without a norm is.
+            total = total.to(o.dtype.element_ty).to(tl.float32)
+            total = total * (1.0 / tl.sqrt(tl.sum(total * total, 1) / V + eps))[:, None]
+            total *= tl.load(norm_weight + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+            if gate is not None:
+                gating = tl.load(gate + token * gate_stride + value, mask=mask, other=0.0).to(tl.float32)
+                total *= gating * tl.sigmoid(gating)
+        tl.store(o + token * VALUES + value, total.to(o.dtype.element_ty), mask=mask)
         return
     if WIDTH > 0:
         rank = (part - SUMS) // MOVES

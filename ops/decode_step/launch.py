@@ -14,7 +14,10 @@ from ..memory_rule.rules import RULES
 from .kernels import decode_combine_kernel, decode_state_kernel
 
 FEW_STATES, NARROW_BLOCK, WIDE_BLOCK = 64, 16, 64
-"""Up to so many states of one head take narrow tiles, to keep every multiprocessor busy; more take wide ones."""
+"""Up to so many states of one head take narrow tiles, to keep every multiprocessor busy, and kernels that overlap;
+more take wide ones and kernels one after the other, which was measured to be as fast."""
+COMBINED = 512
+"""Values that one program of the second kernel sums, where a head is not larger."""
 
 
 class _Sizes(NamedTuple):
@@ -62,16 +65,18 @@ def _state_config(sizes: _Sizes, states: int) -> Config:
         "BV": min(next_power_of_2(max(sizes.V, 16)), block),
         "EVICT": "evict_first",  # a state is not read again before the next token
     }
-    return Config(constants, num_warps=4)
+    return Config(constants, num_warps=4, overlap=states <= FEW_STATES)
 
 
-def _combine_config(sizes: _Sizes) -> Config:
-    constants: dict[str, Any] = {"KEYS": sizes.H * sizes.K, "VALUES": sizes.HV * sizes.V}
-    largest = max(constants.values())
-    constants |= _routing_constants(sizes) | {"BLOCK": min(next_power_of_2(max(largest, 64)), 512)}
-    elements = 2 * constants["BLOCK"]
+def _combine_config(sizes: _Sizes, states: int) -> Config:
+    constants: dict[str, Any] = {"KEYS": sizes.H * sizes.K, "HV": sizes.HV, "V": sizes.V}
+    block = next_power_of_2(max(sizes.V, 16))
+    heads = min(next_power_of_2(sizes.HV), max(COMBINED // block, 1))
+    largest = max(sizes.H * sizes.K, sizes.HV * sizes.V)
+    elements = 2 * min(next_power_of_2(max(largest, 64)), COMBINED)
+    constants |= _routing_constants(sizes) | {"BH": heads, "BV": block}
     constants |= {"ELEMENTS": elements, "MOVED": elements // max(sizes.width - 1, 1)}
-    return Config(constants, num_warps=4)
+    return Config(constants, num_warps=4, overlap=states <= FEW_STATES)
 
 
 def decode_step(
@@ -92,6 +97,9 @@ def decode_step(
     topk: int,
     shared: bool,
     scale: float,
+    norm_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Arguments as ``mom::decode_step_``; o ``[B, T, HV, V]``. Tokens follow one another in pairs of launches."""
     batch, tokens, key_size = q.shape
@@ -104,15 +112,17 @@ def decode_step(
     (q_rows, q_stride), (kv_rows, kv_stride), (logits, logits_stride), (a_rows, a_stride), (b_rows, b_stride) = (
         _rows(x) for x in (q, kv, router_logits, a, b)
     )
+    gate_rows, gate_stride = _rows(gate)
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     indices, weights = (None if x is None else x.contiguous() for x in (router_indices, router_weights))
     A_log, dt_bias, conv_weight = (None if x is None else x.contiguous() for x in (A_log, dt_bias, conv_weight))
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     o = q.new_empty(batch, tokens, value_heads, value_dim)
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
-    state_config, combine_config = _state_config(sizes, states), _combine_config(sizes)
+    state_config, combine_config = _state_config(sizes, states), _combine_config(sizes, states)
     state_grid = (states * cdiv(value_dim, state_config.constants["BV"]),)
-    programs = cdiv(value_heads * value_dim, combine_config.constants["BLOCK"])
+    programs = cdiv(value_heads, combine_config.constants["BH"])
     if width:
         programs += sizes.choices * cdiv(2 * key_size + value_heads * value_dim, combine_config.constants["MOVED"])
     for t in range(tokens):
@@ -123,7 +133,8 @@ def decode_step(
         )  # fmt: skip
         launch(
             decode_combine_kernel, (batch * programs,), combine_config, q_rows, kv_rows, logits, indices, weights,
-            conv_state, valid, y, o, t, tokens, q_stride, kv_stride, logits_stride,
+            conv_state, valid, y, norm_weight, gate_rows, o, t, tokens, q_stride, kv_stride, logits_stride,
+            gate_stride, eps,
         )  # fmt: skip
     return o
 
@@ -163,9 +174,13 @@ def _arguments(sizes: _Sizes, dtype: torch.dtype, state: torch.dtype, routing: s
         "conv_state": kind if conv else None,
         "valid": None,
         "y": "*fp32",
+        "norm_weight": kind if conv else None,
+        "gate": kind if conv else None,
         "o": kind,
         **dict.fromkeys(("t", "tokens", "q_stride", "kv_stride", "logits_stride", "a_stride", "b_stride"), "i32"),
+        "gate_stride": "i32",
         "scale": "fp32",
+        "eps": "fp32",
     }
 
 
@@ -204,4 +219,4 @@ def _state_variant(
 def _combine_variant(sizes: _Sizes, dtype: torch.dtype, routing: str, quick: bool) -> KernelVariant:
     label = f"K={sizes.K} V={sizes.V} {dtype} {sizes.rule} {routing}"
     arguments = _named(decode_combine_kernel, _arguments(sizes, dtype, torch.float32, routing))
-    return variant(label, decode_combine_kernel, arguments, _combine_config(sizes), quick)
+    return variant(label, decode_combine_kernel, arguments, _combine_config(sizes, 1), quick)

@@ -39,6 +39,9 @@ class Arguments(NamedTuple):
     topk: int
     shared: bool
     scale: float
+    norm_weight: Tensor | None = None
+    gate: Tensor | None = None
+    eps: float = 1e-6
 
 
 def _check(args: Arguments) -> None:
@@ -88,6 +91,14 @@ def _check(args: Arguments) -> None:
     if args.valid is not None:
         check_shape("valid", args.valid, (batch, tokens), "[B, T]")
         check_dtype("valid", args.valid, (torch.bool,))
+    if args.norm_weight is not None:
+        check_shape("norm_weight", args.norm_weight, (value_dim,), "[V]")
+        check_dtype("norm_weight", args.norm_weight, (args.q.dtype,))
+    if args.gate is not None:
+        if args.norm_weight is None:
+            raise ValueError("norm_weight must be given with gate, got None; the gate stands behind the norm")
+        check_shape("gate", args.gate, (batch, tokens, value_heads * value_dim), "[B, T, HV * V]")
+        check_dtype("gate", args.gate, (args.q.dtype,))
     check_same_device("q", args.q, **{k: v for k, v in args._asdict().items() if isinstance(v, Tensor)})
 
 
@@ -164,7 +175,10 @@ _INPUTS = (
     "Tensor q, Tensor kv, Tensor? router_logits, Tensor? router_indices, Tensor? router_weights, Tensor? a, Tensor? b, "
     "Tensor? A_log, Tensor? dt_bias, Tensor? conv_weight"
 )
-_OPTIONS = "Tensor? valid, str rule, int topk, bool shared, float scale"
+_OPTIONS = (
+    "Tensor? valid, str rule, int topk, bool shared, float scale, Tensor? norm_weight=None, Tensor? gate=None, "
+    "float eps=1e-06"
+)
 
 decode_step_functional = register_op(
     "decode_step",

@@ -30,12 +30,15 @@ def decode_step_reference(
     topk: int,
     shared: bool,
     scale: float,
+    norm_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The layer's equations one after the other.
 
     Args:
         q, kv, router_logits, router_indices, router_weights, a, b, A_log, dt_bias, conv_weight, recurrent_state, \
-conv_state, valid, rule, topk, shared, scale: as for ``mom::decode_step``.
+conv_state, valid, rule, topk, shared, scale, norm_weight, gate, eps: as for ``mom::decode_step``.
 
     Returns:
         ``o`` ``[B, T, HV, V]``, the new recurrent and convolution states (or None), float64.
@@ -75,10 +78,14 @@ conv_state, valid, rule, topk, shared, scale: as for ``mom::decode_step``.
                     if rule == "mamba2":
                         v = v * dt.unsqueeze(-1)
                 beta = None if b is None else b[n, t, group].double().sigmoid().view(1, 1, -1)
-                gate = None if g is None else g.view(1, 1, -1)
-                read, after = recurrence_reference(qt, kt, v, gate, beta, scale, state[n, memory].unsqueeze(0))
+                decay = None if g is None else g.view(1, 1, -1)
+                read, after = recurrence_reference(qt, kt, v, decay, beta, scale, state[n, memory].unsqueeze(0))
                 state[n, memory] = after[0]
                 o[n, t] += weight * read[0, 0]
+    if norm_weight is not None:
+        o = o / (o.square().mean(-1, keepdim=True) + eps).sqrt() * norm_weight.double()
+        if gate is not None:
+            o = o * torch.nn.functional.silu(gate.double()).view_as(o)
     return o, state, window
 
 

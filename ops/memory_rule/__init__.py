@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_rank
+from .._layout import CHUNK
 from ..combine import gather_tokens
 from ..dispatch import DispatchPlan, sequence_plan
 from ..permute import permute
@@ -149,19 +150,33 @@ def _chunk(
         raise ValueError(f"q must have batch size 1 with cu_seqlens, got {batch}; flatten the documents")
     if use_qk_l2norm_in_kernel:
         q, k = l2_norm(q), l2_norm(k)
-    plan = sequence_plan(batch, length, cu_seqlens, q.device)
+    # Whole chunks lie in the tokens as they are; a symbolic length would have to be guarded for it.
+    whole = cu_seqlens is None and isinstance(length, int) and length > 0 and length % CHUNK == 0
+    plan = _whole_plan(batch, length, q.device) if whole else sequence_plan(batch, length, cu_seqlens, q.device)
 
     def place(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() == 1:
             return x
-        return permute(x.flatten(0, 1).flatten(1), plan).unflatten(1, x.shape[2:])
+        x = x.flatten(0, 1)
+        return x if whole else permute(x.flatten(1), plan).unflatten(1, x.shape[1:])
 
     rows = [place(x) for x in (q, k, v, g, beta)]
     assert rows[0] is not None and rows[1] is not None and rows[2] is not None
     o, final_state = chunk_rows(
         rule, rows[0], rows[1], rows[2], rows[3], rows[4], _scale(q, scale), initial_state, plan
     )
-    return gather_tokens(o, plan).view(batch, length, *v.shape[2:]), final_state
+    o = o if whole else gather_tokens(o, plan)
+    return o.view(batch, length, *v.shape[2:]), final_state
+
+
+def _whole_plan(batch: int, length: int, device: torch.device) -> DispatchPlan:
+    """The plan of sequences of whole chunks: row t is token t."""
+    token = torch.arange(batch * length, dtype=torch.int32, device=device)
+    start = torch.arange(batch, dtype=torch.int32, device=device) * length
+    chunks = length // CHUNK
+    segment = torch.arange(batch * chunks, dtype=torch.int32, device=device) // chunks
+    bounds = start.new_zeros(1), start.new_full((1,), batch * length)
+    return DispatchPlan(token.unsqueeze(1), token, start, torch.full_like(start, length), segment, torch.cat(bounds))
 
 
 def chunk_linear_attn(

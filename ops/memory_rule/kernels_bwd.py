@@ -7,10 +7,10 @@ import triton.language as tl
 
 from .kernels_fwd import (
     ROWS,
-    edge_decay,
     key_tile,
     key_tile_t,
     load_gate,
+    load_gates,
     load_key_tiles,
     load_rows,
     load_rows_t,
@@ -30,7 +30,7 @@ from .kernels_fwd import (
 
 @triton.jit(do_not_specialize=["rows", "scale"])
 def chunk_scan_bwd_kernel(
-    q, k, g, beta, inverse, scores, do, dfinal_state, segment_start, segment_length, rows, dstates, dw,
+    q, k, gates, inverse, scores, do, dfinal_state, segment_start, segment_length, rows, dstates, dw,
     dinitial_state, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,27 +53,35 @@ def chunk_scan_bwd_kernel(
             tile = load_state(dfinal_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
         state = state + (tile,)  # type: ignore[assignment]
     chunks = (length + ROWS - 1) // ROWS
+    table = gates
+    if HAS_GATE or HAS_DELTA:
+        table = gates + ((start // ROWS + chunks - 1).to(tl.int64) * HV + head) * (3 * ROWS)
+    upcoming = load_gates(table, row, chunks > 0, HAS_GATE, HAS_DELTA)
     for back in range(0, chunks):
         step = chunks - 1 - back
+        from_start, to_end, total, rate = upcoming
+        if HAS_GATE or HAS_DELTA:
+            table -= HV * 3 * ROWS
+        upcoming = load_gates(table, row, back + 1 < chunks, HAS_GATE, HAS_DELTA)
         chunk = (start // ROWS + step).to(tl.int64)
         first, count = chunk * ROWS, length - step * ROWS
         source = (first * H + head // (HV // H)) * K
         target = (first * HV + head) * V
         squares = (first * HV + head) * ROWS
-        if HAS_GATE:
-            high, low = load_gate(g + first * HV + head, row, count, HV)
-            from_start, to_end, total = edge_decay(high, low)
         k_tiles = load_key_tiles(k + source, row, col, H * K, count, K, NK, PRECISION)
         grad = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
         for b in tl.static_range(NK):
             store_state(dstates + (chunk * HV + head) * K * V, state[b], b * BK + col, value, K, V)
             k_tile = key_tile(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
             grad = product(k_tile, state[b].to(k_tile.dtype), grad, PRECISION)
-        if HAS_GATE:
-            grad *= to_end[:, None]
         do_tile = load_rows(do + target, row, value, HV * V, count, V)
         p_tile_t = load_square_t(scores + squares, row, square, HV * ROWS, PRECISION)
-        grad = product(p_tile_t, do_tile, grad, PRECISION)
+        if HAS_GATE:
+            # Right behind the products with the state, whose proxy fence covers these two loads as well.
+            inner = product(p_tile_t, do_tile, tl.full([ROWS, BV], 0.0, dtype=tl.float32), PRECISION)
+            grad = grad * to_end[:, None] + inner
+        else:
+            grad = product(p_tile_t, do_tile, grad, PRECISION)
         if HAS_DELTA:
             a_tile_t = load_square_t(inverse + squares, row, square, HV * ROWS, PRECISION)
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
@@ -85,7 +93,6 @@ def chunk_scan_bwd_kernel(
         if HAS_GATE:
             read_q *= from_start[:, None]
         if HAS_DELTA:
-            rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
             if HAS_GATE:
                 rate *= from_start
             read_k = grad * -rate[:, None]
@@ -189,7 +196,7 @@ def chunk_pairs_bwd_kernel(
 
 @triton.jit(do_not_specialize=["segments", "scale"])
 def chunk_bwd_kernel(
-    q, k, g, beta, v_new, do, dw, states, dstates, dqk, dkk, gate_part, beta_part, segment_start, segment_length,
+    q, k, gates, v_new, do, dw, states, dstates, dqk, dkk, gate_part, beta_part, segment_start, segment_length,
     chunk_segment, segments, dq, dk, dg, dbeta, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
@@ -218,22 +225,36 @@ def chunk_bwd_kernel(
     target = (first * HV + head) * V
     squares = (first * HV + head) * ROWS
     state_offset = (chunk * HV + head) * K * V
-    if HAS_GATE:
-        high, low = load_gate(g + first * HV + head, row, count, HV)
-        from_start, to_end, total = edge_decay(high, low)
-    if HAS_DELTA:
-        rate = tl.load(beta + per_head, mask=row < count, other=0.0).to(tl.float32)
+    table = gates
+    if HAS_GATE or HAS_DELTA:
+        table = gates + (chunk * HV + head) * (3 * ROWS)
+    from_start, to_end, total, rate = load_gates(table, row, segment >= 0, HAS_GATE, HAS_DELTA)
     read_q = tl.full([ROWS], 0.0, dtype=tl.float32)  # <q_i, dq_i> of the read of the state
     read_k = tl.full([ROWS], 0.0, dtype=tl.float32)  # <dw_i, what k_i read from the state>
     write = tl.full([ROWS], 0.0, dtype=tl.float32)
-    carried = tl.full([BV], 0.0, dtype=tl.float32)  # <S0, dS1>
+    carried = tl.full([BV // 8, BK], 0.0, dtype=tl.float32)  # <S0, dS1>
     for start in range(0, K, BK):
-        # dq before dk, not in one loop over V: the accumulators of both do not fit the registers.
         dq_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        dk_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        dk_read = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        # dq before dk, not in one loop over V: the accumulators of both do not fit the registers.
         for at in range(0, V, BV):
             s_tile_t = load_state_t(states + state_offset, start + col, at + value, K, V)
             do_tile = load_rows(do + target, row, at + value, HV * V, count, V)
             dq_tile = product(do_tile, s_tile_t, dq_tile, PRECISION)
+        for at in range(0, V, BV):
+            ds_tile_t = load_state_t(dstates + state_offset, start + col, at + value, K, V)
+            new_tile = load_rows(v_new + target, row, at + value, HV * V, count, V)
+            if HAS_DELTA or HAS_GATE:
+                s_tile_t = load_state_t(states + state_offset, start + col, at + value, K, V)
+            dk_tile = product(new_tile, ds_tile_t, dk_tile, PRECISION)
+            if HAS_DELTA:
+                dw_tile = load_rows(dw + target, row, at + value, HV * V, count, V)
+                dk_read = product(dw_tile, s_tile_t, dk_read, PRECISION)
+            if HAS_GATE:
+                # Summed over what one thread has loaded: a sum over a whole axis is a barrier in each step.
+                both = s_tile_t.to(tl.float32) * ds_tile_t.to(tl.float32)
+                carried += tl.sum(tl.reshape(both, [BV // 8, 8, BK]), 1)
         dq_tile *= scale
         k_tile = load_rows(k + source, row, start + col, H * K, count, K)
         q_tile = load_rows(q + source, row, start + col, H * K, count, K)
@@ -243,20 +264,6 @@ def chunk_bwd_kernel(
         dqk_tile = load_square(dqk + squares, row, square, HV * ROWS, 1)
         dq_tile = product(dqk_tile, k_tile, dq_tile, PRECISION)
         store_rows(dq + result, dq_tile, row, start + col, HV * K, K)
-
-        dk_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
-        dk_read = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
-        for at in range(0, V, BV):
-            ds_tile_t = load_state_t(dstates + state_offset, start + col, at + value, K, V)
-            new_tile = load_rows(v_new + target, row, at + value, HV * V, count, V)
-            dk_tile = product(new_tile, ds_tile_t, dk_tile, PRECISION)
-            if HAS_DELTA or HAS_GATE:
-                s_tile_t = load_state_t(states + state_offset, start + col, at + value, K, V)
-            if HAS_DELTA:
-                dw_tile = load_rows(dw + target, row, at + value, HV * V, count, V)
-                dk_read = product(dw_tile, s_tile_t, dk_read, PRECISION)
-            if HAS_GATE:
-                carried += tl.sum(s_tile_t.to(tl.float32) * ds_tile_t.to(tl.float32), 1)
         if HAS_GATE:
             dk_tile *= to_end[:, None]
             write += tl.sum(k_tile.to(tl.float32) * dk_tile, 1)
@@ -278,5 +285,5 @@ def chunk_bwd_kernel(
             cumulative -= rate * read_k
         # g_j is part of every G_i with i >= j, and of G_C.
         later = tl.sum(tl.where(row[:, None] >= square[None, :], cumulative[:, None], 0.0), 0)
-        later += tl.sum(carried, 0) * total + tl.sum(write, 0)
+        later += tl.sum(tl.sum(carried, 1), 0) * total + tl.sum(write, 0)
         tl.store(dg + per_head, tl.where(row < count, later, 0.0).to(dg.dtype.element_ty))

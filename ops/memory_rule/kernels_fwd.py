@@ -174,15 +174,6 @@ def pair_decay(high, low, row):
 
 
 @helper
-def edge_decay(high, low):
-    """exp(G), exp(G_C - G) and exp(G_C)."""
-    high_sum, low_sum = tl.cumsum(high, 0), tl.cumsum(low, 0)
-    high_last, low_last = tl.sum(high, 0), tl.sum(low, 0)
-    to_end = tl.exp((high_last - high_sum) + (low_last - low_sum))
-    return tl.exp(high_sum + low_sum), to_end, tl.exp(high_last + low_last)
-
-
-@helper
 def unit_lower_inverse(lower):
     """``(I + lower)^-1`` for a strictly lower ``[64, 64]``: forward substitution by blocks of 1, 2, .., 32.
 
@@ -215,6 +206,48 @@ def unit_lower_inverse(lower):
     off2 = tl.dot(tl.dot(second, off2, input_precision="ieee"), first, input_precision="ieee")
     x = tl.where(same, x[:, :, None, :], tl.where(below, -off2[None, :, None, :], 0.0))
     return tl.reshape(x, [64, 64])
+
+
+@triton.jit(do_not_specialize=["segments"])
+def chunk_gates_kernel(
+    g, beta, segment_start, segment_length, chunk_segment, segments, gates,
+    HV: tl.constexpr, BLOCK_H: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr,
+):  # fmt: skip
+    """exp(G), exp(G_C - G) and beta of one chunk, ``gates [chunks, HV, 3, 64]``: the scans only load them."""
+    chunk = tl.program_id(0).to(tl.int64)
+    segment = load_segment(chunk_segment, tl.program_id(0), segments)
+    if segment < 0:
+        return
+    count = valid_rows(segment_start, segment_length, segment, chunk)
+    row, head = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_H)[None, :]
+    mask = (row < count) & (head < HV)
+    source = (chunk * ROWS + row) * HV + head
+    target = gates + (chunk * HV + head) * (3 * ROWS) + row
+    if HAS_GATE:
+        gate = tl.maximum(tl.load(g + source, mask=mask, other=0.0).to(tl.float32), STRONGEST)
+        high = tl.floor(gate * 1024.0 + 0.5) * (1.0 / 1024.0)
+        low = gate - high
+        high_sum, low_sum = tl.cumsum(high, 0), tl.cumsum(low, 0)
+        high_last, low_last = tl.sum(high, 0)[None, :], tl.sum(low, 0)[None, :]
+        tl.store(target, tl.exp(high_sum + low_sum), mask=head < HV)
+        tl.store(target + ROWS, tl.exp((high_last - high_sum) + (low_last - low_sum)), mask=head < HV)
+    if HAS_DELTA:
+        rate = tl.load(beta + source, mask=mask, other=0.0).to(tl.float32)
+        tl.store(target + 2 * ROWS, rate, mask=head < HV)
+
+
+@helper
+def load_gates(gates, row, inside, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr):
+    """exp(G), exp(G_C - G), exp(G_C) and beta of a chunk out of the table; 0 where the rule has none."""
+    from_start, to_end, total, rate = 0.0, 0.0, 0.0, 0.0
+    mask = tl.where(inside, row, -1) >= 0
+    if HAS_GATE:
+        from_start = tl.load(gates + row, mask=mask, other=0.0)
+        to_end = tl.load(gates + ROWS + row, mask=mask, other=0.0)
+        total = tl.load(gates + ROWS - 1, mask=inside, other=0.0)
+    if HAS_DELTA:
+        rate = tl.load(gates + 2 * ROWS + row, mask=mask, other=0.0)
+    return from_start, to_end, total, rate
 
 
 @triton.jit(do_not_specialize=["segments", "scale"])
@@ -264,7 +297,7 @@ def chunk_pairs_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def chunk_scan_kernel(
-    k, v, g, beta, inverse, initial_state, segment_start, segment_length, rows, final_state, states, v_new,
+    k, v, gates, inverse, initial_state, segment_start, segment_length, rows, final_state, states, v_new,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -282,16 +315,23 @@ def chunk_scan_kernel(
         else:
             tile = load_state(initial_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
         state = state + (tile,)  # type: ignore[assignment]
-    for step in range(0, (length + ROWS - 1) // ROWS):
+    chunks = (length + ROWS - 1) // ROWS
+    table = gates
+    if HAS_GATE or HAS_DELTA:
+        table = gates + ((start // ROWS).to(tl.int64) * HV + head) * (3 * ROWS)
+    upcoming = load_gates(table, row, chunks > 0, HAS_GATE, HAS_DELTA)
+    for step in range(0, chunks):
         chunk = (start // ROWS + step).to(tl.int64)
+        # The gates of the next chunk are on their way while this one is worked on.
+        from_start, to_end, total, rate = upcoming
+        if HAS_GATE or HAS_DELTA:
+            table += HV * 3 * ROWS
+        upcoming = load_gates(table, row, step + 1 < chunks, HAS_GATE, HAS_DELTA)
         first, count = chunk * ROWS, length - step * ROWS
         source = (first * H + head // (HV // H)) * K
         target = (first * HV + head) * V
         k_tiles = load_key_tiles(k + source, row, col, H * K, count, K, NK, PRECISION)
         v_tile = load_rows(v + target, row, value, HV * V, count, V).to(tl.float32)
-        if HAS_GATE:
-            high, low = load_gate(g + first * HV + head, row, count, HV)
-            from_start, to_end, total = edge_decay(high, low)
         for b in tl.static_range(NK):
             store_state(states + (chunk * HV + head) * K * V, state[b], b * BK + col, value, K, V)
         if HAS_DELTA:
@@ -301,7 +341,6 @@ def chunk_scan_kernel(
                 read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
             if HAS_GATE:
                 read *= from_start[:, None]
-            rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
             v_tile = (v_tile - read) * rate[:, None]
             a_tile = load_square(inverse + (first * HV + head) * ROWS, row, square, HV * ROWS, 1)
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
@@ -323,7 +362,7 @@ def chunk_scan_kernel(
 
 @triton.jit(do_not_specialize=["segments", "scale"])
 def chunk_out_kernel(
-    q, g, v_new, scores, states, segment_start, segment_length, chunk_segment, segments, o, scale,
+    q, gates, v_new, scores, states, segment_start, segment_length, chunk_segment, segments, o, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -346,9 +385,7 @@ def chunk_out_kernel(
         s_tile = load_state(states + (chunk * HV + head) * K * V, start + col, value, K, V)
         out = product(q_tile, s_tile, out, PRECISION)
     if HAS_GATE:
-        high, low = load_gate(g + first * HV + head, row, count, HV)
-        from_start, _, _ = edge_decay(high, low)
-        out *= from_start[:, None]
+        out *= tl.load(gates + (chunk * HV + head) * (3 * ROWS) + row)[:, None]
     p_tile = load_square(scores + (first * HV + head) * ROWS, row, square, HV * ROWS, 1)
     v_tile = load_rows(v_new + target, row, value, HV * V, count, V)
     out = product(p_tile, v_tile, out * scale, PRECISION)

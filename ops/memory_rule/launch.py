@@ -14,12 +14,15 @@ from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, poin
 from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
-from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
+from .kernels_fwd import chunk_gates_kernel, chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
 from .kernels_recurrent import recurrent_kernel
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
 
 LARGE_KB = 200
 """Shared memory from which the scans take larger blocks."""
+PROCESSORS = 132
+"""Thread blocks that the scans aim at: fewer leave processors idle, and each step waits for the one before."""
+MANY = 1 << 20
 
 
 class _Heads(NamedTuple):
@@ -34,8 +37,11 @@ class _Heads(NamedTuple):
     delta: bool
 
 
-def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
+def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> tuple[Config, int]:
     """A kernel's configuration for thread blocks of ``shared_kb`` KiB of shared memory, and its programs along V.
+
+    ``chains``: segments times heads, of which the scans take blocks of V; the fewer, the narrower (the sums of a
+    column do not depend on its block).
 
     One stage where a product takes two plain loads: Triton 3.6 misses the fence between pipelined loads and the
     asynchronous products of sm_90. The scans' products each have a computed operand, and so the fence; all but those
@@ -47,30 +53,55 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int) -> tuple[Config, int]:
         bv = min(value, 32)
         constants |= {"V": heads.V, "BK": key, "BV": bv, "HAS_DELTA": heads.delta}
         return Config(constants), cdiv(heads.V, bv)
+    if kernel is chunk_gates_kernel:
+        constants = {"HV": heads.HV, "BLOCK_H": next_power_of_2(heads.HV)}
+        return Config(constants | {"HAS_GATE": heads.gate, "HAS_DELTA": heads.delta}, num_warps=1), 1
     # float32 products run on the plain units with their operands in registers: small blocks, more threads.
-    wide = heads.dtype == torch.float32
+    wide, large = heads.dtype == torch.float32, shared_kb >= LARGE_KB
     bk, bv, warps = (min(key, 32), min(value, 32), 8) if wide else (min(key, 64), min(value, 64), 4)
+    stages = 1
+    if kernel is chunk_scan_kernel and not wide:
+        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 3), (128, 2))
+    elif kernel is chunk_scan_bwd_kernel and not wide:
+        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 2 if heads.K > 128 else 3), (64, 2))
+    elif kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
+        bv = min(value, 16)
+    elif kernel is chunk_out_kernel and not wide and large:
+        bk, bv = min(key, 128), min(value, 128)
+    elif kernel is chunk_bwd_kernel and not large:
+        warps = 8  # without asynchronous products its tiles would not fit the registers of four
     constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
     if kernel is not chunk_out_kernel:
         constants["HAS_DELTA"] = heads.delta
     if kernel is chunk_pairs_kernel:
         return Config(constants, warps), 1
-    stages = 1
-    if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
-        bv = min(value, 16 if wide else 64 if shared_kb >= LARGE_KB else 32)
-        constants["NK"] = cdiv(heads.K, bk)
-        computed = heads.gate or heads.delta
-        if kernel is chunk_scan_kernel and computed and not wide and shared_kb >= LARGE_KB:
-            stages = 2
-    if kernel is chunk_bwd_kernel and shared_kb < LARGE_KB:
-        warps = 8  # without asynchronous products its tiles would not fit the registers of four
     split = kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel, chunk_out_kernel)
+    if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
+        constants["NK"] = cdiv(heads.K, bk)
     return Config(constants | {"V": heads.V, "BV": bv}, warps, stages), cdiv(heads.V, bv) if split else 1
+
+
+def _scan_blocks(
+    heads: _Heads, large: bool, chains: int, narrow: tuple[int, int], broad: tuple[int, int]
+) -> tuple[int, int, int]:
+    """BK, BV and stages of a scan; ``narrow`` and ``broad``: BK and stages of the narrowest and of wider blocks."""
+    key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
+    if not large:
+        return min(key, 64), min(value, 32), 1
+    bv, (bk, stages) = min(value, 64), broad
+    if chains * cdiv(heads.V, 16) <= PROCESSORS:
+        bv, (bk, stages) = 16, narrow
+    elif chains * cdiv(heads.V, 32) <= PROCESSORS:
+        bv = min(value, 32)
+    if not heads.gate and not heads.delta:
+        stages = 1  # k^T v: two plain loads
+    return min(key, bk), bv, stages
 
 
 def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
     """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
-    config, blocks = _config(kernel, heads, shared_memory_kb(next(x.device for x in args if isinstance(x, Tensor))))
+    shared_kb = shared_memory_kb(next(x.device for x in args if isinstance(x, Tensor)))
+    config, blocks = _config(kernel, heads, shared_kb, programs)
     launch(kernel, (programs, blocks), config, *args)
 
 
@@ -89,12 +120,21 @@ def _pairs(
     return inverse, scores
 
 
+def _gates(heads: _Heads, g: Tensor | None, beta: Tensor | None, tables: tuple[Tensor, ...]) -> Tensor | None:
+    """``[chunks, HV, 3, 64]``: the decay from the start and to the end of its chunk, and beta, of every row."""
+    value = beta if g is None else g
+    if value is None:
+        return None
+    gates = torch.empty(tables[2].shape[0], heads.HV, 3, CHUNK, dtype=torch.float32, device=value.device)
+    _run(chunk_gates_kernel, heads, gates.shape[0], g, beta, *tables, tables[0].shape[0], gates)
+    return gates
+
+
 def _scan(
     heads: _Heads,
     k: Tensor,
     v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
+    gates: Tensor | None,
     inverse: Tensor | None,
     initial_state: Tensor | None,
     tables: tuple[Tensor, ...],
@@ -111,7 +151,7 @@ def _scan(
     if heads.delta:
         v_new = torch.zeros_like(v) if zero_v_new else torch.empty_like(v)
     _run(
-        chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, g, beta, inverse, initial_state,
+        chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, gates, inverse, initial_state,
         segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
     )  # fmt: skip
     return final_state, states, v_new
@@ -132,13 +172,14 @@ def chunk_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Chunked forward on aligned rows; shapes and results as ``mom::chunk_gated_delta_rule`` (see op.py)."""
     heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
+    gates = _gates(heads, g, beta, tables)
     inverse, scores = _pairs(heads, q, k, g, beta, tables, scale)
     final_state, states, v_new = _scan(
-        heads, k, v, g, beta, inverse, initial_state, tables, bool(save & SAVE_STATES), bool(save & SAVE_V_NEW)
+        heads, k, v, gates, inverse, initial_state, tables, bool(save & SAVE_STATES), bool(save & SAVE_V_NEW)
     )
     o = torch.empty_like(v)
     programs = v.shape[0] // CHUNK * heads.HV
-    _run(chunk_out_kernel, heads, programs, q, g, v_new, scores, states, *tables, segment_start.shape[0], o, scale)
+    _run(chunk_out_kernel, heads, programs, q, gates, v_new, scores, states, *tables, segment_start.shape[0], o, scale)
     return (
         o,
         final_state,
@@ -171,20 +212,21 @@ def chunk_bwd(
     heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
     rows, programs = q.shape[0], q.shape[0] // CHUNK * heads.HV
     groups = heads.HV // heads.H
+    gates = _gates(heads, g, beta, tables)
     a: Tensor | None = inverse
     if scores.numel() == 0 or (heads.delta and inverse.numel() == 0):
         a, scores = _pairs(heads, q, k, g, beta, tables, scale)
     if not heads.delta:
         a, v_new = None, v
     if states.numel() == 0 or v_new.numel() == 0:
-        _, states, v_new = _scan(heads, k, v, g, beta, a, initial_state, tables)
+        _, states, v_new = _scan(heads, k, v, gates, a, initial_state, tables)
 
     dstates = torch.empty_like(states)
     dv = torch.empty_like(v)
     dw = torch.empty_like(v) if heads.delta else dv
     dinitial = v.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     _run(
-        chunk_scan_bwd_kernel, heads, segment_start.shape[0] * heads.HV, q, k, g, beta, a, scores, do, dfinal_state,
+        chunk_scan_bwd_kernel, heads, segment_start.shape[0] * heads.HV, q, k, gates, a, scores, do, dfinal_state,
         segment_start, segment_length, rows, dstates, dw, None if initial_state is None else dinitial, scale,
     )  # fmt: skip
 
@@ -205,7 +247,7 @@ def chunk_bwd(
     dg = v.new_empty(0) if g is None else torch.empty_like(g)
     dbeta = v.new_empty(0) if beta is None else torch.empty_like(beta)
     _run(
-        chunk_bwd_kernel, heads, programs, q, k, g, beta, v_new, do, dw if heads.delta else None, states, dstates,
+        chunk_bwd_kernel, heads, programs, q, k, gates, v_new, do, dw if heads.delta else None, states, dstates,
         dqk, dkk, gate_part, beta_part, *tables, segment_start.shape[0],
         dq, dk, None if g is None else dg, None if beta is None else dbeta,
         scale,
@@ -239,6 +281,7 @@ def recurrent_fwd(
 
 
 _TYPES = {
+    "gates": "*fp32",
     **dict.fromkeys(("g", "state", "initial_state", "final_state", "dfinal_state", "dinitial_state"), "*fp32"),
     **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg"), "*fp32"),
     **dict.fromkeys(("segment_start", "segment_length", "chunk_segment"), "*i32"),
@@ -250,6 +293,7 @@ _TYPES = {
 _GATE_ONLY = ("g", "dg", "dgate", "gate_part")
 _DELTA_ONLY = ("beta", "dbeta", "inverse", "dw", "dkk", "beta_part")
 _KERNELS = (
+    chunk_gates_kernel,
     chunk_pairs_kernel,
     chunk_scan_kernel,
     chunk_out_kernel,
@@ -267,7 +311,7 @@ def variants() -> Iterator[KernelVariant]:
         for dtype in KERNEL_DTYPES:
             for key, value in shapes:
                 for gate, delta in ((False, False), (True, False), (False, True), (True, True)):
-                    if not (kernel is chunk_out_kernel and delta):
+                    if not (kernel is chunk_gates_kernel and not (gate or delta)):
                         yield from _variants(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
 
 
@@ -275,19 +319,20 @@ def _variants(kernel: Any, heads: _Heads) -> Iterator[KernelVariant]:
     """One for each configuration that differs between the architectures."""
     served: list[tuple[Config, list[int]]] = []
     for architecture, shared_kb in SHARED_MEMORY_KB.items():
-        config, _ = _config(kernel, heads, shared_kb)
-        for known, architectures in served:
-            if known == config:
-                architectures.append(architecture)
-                break
-        else:
-            served.append((config, [architecture]))
+        for chains in (1, PROCESSORS * 32 // heads.V, MANY):
+            config, _ = _config(kernel, heads, shared_kb, chains)
+            known = next((architectures for other, architectures in served if other == config), None)
+            if known is None:
+                served.append((config, [architecture]))
+            elif architecture not in known:
+                known.append(architecture)
     for config, architectures in served:
         yield replace(_variant(kernel, heads, config), architectures=tuple(architectures))
 
 
 def _variant(kernel: Any, heads: _Heads, config: Config) -> KernelVariant:
     absent = (() if heads.gate else _GATE_ONLY) + (() if heads.delta else _DELTA_ONLY)
+    absent += () if heads.gate or heads.delta else ("gates",)
     if kernel is chunk_scan_kernel and not heads.delta:
         absent += ("v_new",)
     if kernel is chunk_scan_bwd_kernel:
@@ -296,6 +341,7 @@ def _variant(kernel: Any, heads: _Heads, config: Config) -> KernelVariant:
     names = [name for name in kernel.arg_names if name not in config.constants]
     arguments = {name: None if name in absent else types.get(name, pointer(heads.dtype)) for name in names}
     rule = " ".join(name for name, has in (("gate", heads.gate), ("delta", heads.delta)) if has) or "additive"
-    label = f"K={heads.K} V={heads.V} {str(heads.dtype).removeprefix('torch.')} {rule}"
-    quick = heads.K == heads.V == 64 and heads.gate and (heads.delta or kernel is chunk_out_kernel)
+    blocks = f" BV={config.constants['BV']}" if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel) else ""
+    label = f"K={heads.K} V={heads.V}{blocks} {str(heads.dtype).removeprefix('torch.')} {rule}"
+    quick = heads.K == heads.V == 64 and heads.gate and heads.delta
     return variant(label, kernel, arguments, config, quick)

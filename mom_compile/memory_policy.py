@@ -1,0 +1,79 @@
+"""What a block keeps for its backward: everything, the results that are dear, or its input alone.
+
+- ``save``: whatever its operators ask for. Nothing is computed again.
+- ``selective``: its input, its routing, and the results of matrix products and of the memory rule. What takes one pass
+  over memory is computed again in the backward: norms, row copies, convolution, activations, gates.
+- ``block``: its input. The whole block is computed again.
+- ``auto`` (default): ``selective`` in a compiled block, ``save`` in an eager one, where each operator would pass
+  through Python twice more and wait for it.
+
+All give the same gradients, bit for bit where the operators repeat bit for bit, under torch.compile of the model or of
+single blocks as well as eagerly. They act in training alone: ``model.train()`` with grad mode enabled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from .ops import RULES
+
+MemoryPolicy = Literal["auto", "save", "selective", "block"]
+MEMORY_POLICIES: tuple[MemoryPolicy, ...] = get_args(MemoryPolicy)
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.mom.grouped_linear.default,
+    torch.ops.mom.route.default,
+    torch.ops.mom.dispatch.default,
+    *(getattr(torch.ops.mom, f"chunk_{rule.op}").default for rule in RULES.values()),
+}
+
+
+def check_policy(policy: str) -> MemoryPolicy:
+    """``policy`` itself.
+
+    Raises:
+        ValueError: a name that is none of :data:`MEMORY_POLICIES`.
+    """
+    for known in MEMORY_POLICIES:
+        if policy == known:
+            return known
+    raise ValueError(
+        f"memory policy must be one of {', '.join(MEMORY_POLICIES)}, got {policy!r}; save is fastest, block smallest"
+    )
+
+
+def _keep_dear_results(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective = functools.partial(create_selective_checkpoint_contexts, _keep_dear_results)
+
+
+def run_with_policy(
+    policy: MemoryPolicy, function: Callable[..., tuple[Tensor, ...]], *args: Any, random: bool = False
+) -> tuple[Tensor, ...]:
+    """``function(*args)``, whose saved tensors follow ``policy``.
+
+    Args:
+        policy: one of :data:`MEMORY_POLICIES`.
+        function: returns tensors alone.
+        args: of the function.
+        random: whether it draws random numbers, which the second computation then repeats.
+
+    Source: selective activation recomputation (arXiv 2205.05198) section 5, by torch.utils.checkpoint.
+    """
+    if policy == "auto":
+        policy = "selective" if torch.compiler.is_compiling() else "save"
+    if policy == "save" or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return function(*args)
+    options: dict[str, Any] = {"context_fn": _selective} if policy == "selective" else {}
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, **options)  # type: ignore[no-any-return]

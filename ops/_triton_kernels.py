@@ -1,0 +1,23 @@
+"""What kernels of several operators call."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._triton import INTERPRET
+
+helper = (lambda function: function) if INTERPRET else triton.jit
+"""The interpreter rewrites a @triton.jit function at every call from another, which a plain one is spared."""
+
+
+@helper
+def after_previous():
+    """Wait until the kernel before this one is done, then let the next one start (programmatic dependent launch).
+
+    Every program calls it before it reads or writes what another kernel writes or reads. The next kernel may start once
+    all programs have passed, so that at most two kernels overlap, and what it does before its own call sees everything
+    but this one's results.
+    """
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
