@@ -35,6 +35,8 @@ COLUMNS = {
     "note": 30,
 }  # fmt: skip
 OURS = "mom-compile"
+LONG = 2**16
+"""Tokens of a step from which a third of the repetitions is enough."""
 
 
 class Options(NamedTuple):
@@ -45,7 +47,7 @@ class Options(NamedTuple):
         shapes: (batch, length) of the steps; the first one's first call is the warm-up that is reported.
         compile: run every block through ``torch.compile`` (regional compilation).
         memory: memory policy, see :mod:`mom_compile.memory_policy`.
-        repeats: measurements a median is over; a third of it from 65536 tokens up.
+        repeats: measurements a median is over; a third of it from ``LONG`` tokens up.
         peers: folder of adapters or None.
         operators: also the gated delta rule beside the peers'.
         slow_peers: also time the peers' layer, which may tune itself for minutes.
@@ -98,7 +100,8 @@ def bench_train(options: Options, device: torch.device) -> Table:
     if not options.operators:
         return table
     rules = Table(OPERATOR_COLUMNS, common, options.out and options.out / "train-operators.csv")
-    length, shapes = (RULE_LENGTH, RULE_SHAPES) if device.type == "cuda" else (128, ((2, 32),))
+    # One shape: a peer tunes itself at each; `bench operators --peer` has them all.
+    length, shapes = (RULE_LENGTH, RULE_SHAPES[:1]) if device.type == "cuda" else (128, ((2, 32),))
     compare_rule(rules, options.peers, device, dtype, length, shapes, 20)
     return table
 
@@ -134,8 +137,9 @@ def _model(
                 print(f"matrix product {ceilings.matmul / 1e12:.3g} TFLOP/s", flush=True)
             else:
                 since_start = None
-            repeats = options.repeats if batch * length < 2**16 else max(options.repeats // 3, 2)
-            ms, peak = _measure(step, device, repeats)
+            ms, peak = _measure(
+                step, device, options.repeats if batch * length < LONG else max(options.repeats // 3, 2)
+            )
         except torch.OutOfMemoryError:
             model.zero_grad()
             table.add(**row, note="out of memory")
@@ -198,7 +202,7 @@ def _measure(step: Callable[[], object], device: torch.device, repeats: int) -> 
     if device.type != "cuda":
         return median_ms(step, device, repeats, warm_up=1), None
     torch.cuda.reset_peak_memory_stats(device)
-    ms = median_ms(step, device, repeats, warm_up=2)
+    ms = median_ms(step, device, repeats, warm_up=1)
     return ms, torch.cuda.max_memory_allocated(device) / 2**30
 
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = kinds.add_parser("train", help="forward + backward of model, layer and operator")
     train.add_argument("--size", help="model (512m; on a CPU tiny)")
     train.add_argument("--shape", nargs="+", metavar="BxT", help="batch x length of the steps (8x2048 1x16384)")
-    train.add_argument("--length", type=int, nargs="*", help="lengths of one sequence as well (2048 8192 ... 262144)")
+    train.add_argument("--length", type=int, nargs="*", help="lengths of one sequence as well (2048 to 262144)")
     train.add_argument("--no-compile", action="store_true", help="run the model eagerly")
     train.add_argument(
         "--memory", default="auto", metavar="POLICY", help="memory policy: auto (default), save, selective or block"
@@ -109,7 +109,7 @@ def _train(args: argparse.Namespace) -> int:
     shapes = [_shape(text) for text in args.shape or (["8x2048", "1x16384"] if gpu else ["2x64", "1x128"])]
     lengths = args.length
     if lengths is None:
-        lengths = [2**n for n in range(11, 19)] if gpu and not args.quick else []
+        lengths = [2048, 8192, 32768, 131072, 262144] if gpu and not args.quick else []
     shapes += [(1, length) for length in lengths if (1, length) not in shapes]
     options = Options(
         size=args.size or ("512m" if gpu else "tiny"),
