@@ -104,10 +104,10 @@ int main(int argc, char** argv) try {
   if (ids.empty()) throw std::runtime_error("PROMPT must have at least one token, got none");
 
   const c10::InferenceMode guard;
+  Tensors weights = map_weights(folder + "/weights.safetensors");
   Loader prefill(folder + "/prefill.pt2"), decode(folder + "/decode.pt2");
   auto metadata = decode.get_metadata();
   const at::Device device(metadata.at("AOTI_DEVICE_KEY"));
-  Tensors weights = map_weights(folder + "/weights.safetensors");
   for (auto& [name, weight] : weights) weight = weight.to(device);
   give_weights(prefill, weights);
   give_weights(decode, weights);
@@ -142,6 +142,9 @@ int main(int argc, char** argv) try {
   }
   std::cout << std::endl;
   return 0;
+} catch (const c10::Error& error) {
+  std::cerr << error.what_without_backtrace() << std::endl;
+  return 1;
 } catch (const std::exception& error) {
   std::cerr << error.what() << std::endl;
   return 1;
