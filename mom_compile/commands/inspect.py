@@ -39,7 +39,7 @@ def _artifact(manifest: Mapping[str, Any]) -> Iterator[str]:
         result = "passed" if parity["passed"] else "FAILED"
         yield f"parity: {result}, largest relative error {parity['error']:.1e} of {parity['tolerance']:g} allowed"
         for check in parity["checks"]:
-            error = f"{check['error']:.1e}" if "error" in check else "-"
+            error = f"{check['error']:.1e}" if "error" in check else check.get("measured", "-")
             yield f"  {check['name']}: {error}" + (f" ({check['note']})" if "note" in check else "")
     for name, function in manifest.get("functions", {}).items():
         yield ""
