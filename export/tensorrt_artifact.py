@@ -84,8 +84,8 @@ def to_tensorrt(
         )
     if profile == "jetpack6" and compute_capabilities is not None:
         raise ValueError(
-            f"compute_capabilities must be None for profile jetpack6, got {tuple(compute_capabilities)}; its engines are "
-            "built on the Jetson itself, for 8.7"
+            f"compute_capabilities must be None for profile jetpack6, got {tuple(compute_capabilities)}; its "
+            "engines are built on the Jetson itself, for 8.7"
         )
     wanted = DEFAULT_COMPUTE_CAPABILITIES if compute_capabilities is None else compute_capabilities
     capabilities = check_compute_capabilities(wanted) if profile == "rtx" else (87,)
