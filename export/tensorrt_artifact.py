@@ -43,7 +43,7 @@ def to_tensorrt(
     tokenizer: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     precision: str = "float32",
-    compute_capabilities: Sequence[int] = DEFAULT_COMPUTE_CAPABILITIES,
+    compute_capabilities: Sequence[int] | None = None,
     batch: Sequence[int] = (1, 1, 8),
     length: Sequence[int] = (1, 256, 1024),
     profile: str = "rtx",
@@ -63,7 +63,7 @@ def to_tensorrt(
             with the same routing for the others, 0.5 for int4.
         precision: ``float32``, ``float16`` or ``bfloat16`` of weights and activations; for ``jetpack6`` also ``int4``
             weights. Router, decay, inverse, states, logits and the other inputs and outputs are float32.
-        compute_capabilities: GPUs that the engines run on: 80, 86, 89, 120, 121.
+        compute_capabilities: GPUs that the engines run on, of 80, 86, 89, 120, 121; None: 86, 89 and 120.
         batch, length: smallest, likeliest and largest batch, and tokens of one prefill call.
         profile: ``rtx``, or ``jetpack6`` for a Jetson Orin: no engine, which has to be built on the device.
 
@@ -82,7 +82,13 @@ def to_tensorrt(
         raise ValueError(
             f"precision must be one of {', '.join(known)} for profile {profile}, got {precision!r}; choose one of them"
         )
-    capabilities = check_compute_capabilities(compute_capabilities) if profile == "rtx" else (87,)
+    if profile == "jetpack6" and compute_capabilities is not None:
+        raise ValueError(
+            f"compute_capabilities must be None for profile jetpack6, got {tuple(compute_capabilities)}; its "
+            "engines are built on the Jetson itself, for 8.7"
+        )
+    wanted = DEFAULT_COMPUTE_CAPABILITIES if compute_capabilities is None else compute_capabilities
+    capabilities = check_compute_capabilities(wanted) if profile == "rtx" else (87,)
     shapes = ShapeRanges(tuple(batch), tuple(length))  # type: ignore[arg-type]
     runtime = check_onnx_packages()
     versions = {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__}

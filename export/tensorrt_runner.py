@@ -32,6 +32,8 @@ class GraphRunner(OnnxRunner):
     On the CPU those of bfloat16 have float32 activations, as its CPU provider has no bfloat16.
     """
 
+    _widened: tempfile.TemporaryDirectory[str] | None = None
+
     def _create_session(self, name: str, options: Any) -> Any:
         if self._providers != [PROVIDER]:
             return super()._create_session(name, options)
@@ -41,7 +43,8 @@ class GraphRunner(OnnxRunner):
     def _model(self, name: str) -> str:
         if self.manifest["precision"] != "bfloat16" or self._providers != ["CPUExecutionProvider"]:
             return super()._model(name)
-        self._widened = getattr(self, "_widened", None) or tempfile.TemporaryDirectory(prefix="mom-compile-")
+        if self._widened is None:
+            self._widened = tempfile.TemporaryDirectory(prefix="mom-compile-")
         target = Path(self._widened.name) / self.manifest["graphs"][name]
         widen_bfloat16(Path(super()._model(name)), target)
         return str(target)

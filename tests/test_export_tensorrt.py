@@ -390,6 +390,8 @@ def test_messages(
     model = tiny_model(num_hidden_layers=1)
     with pytest.raises(ValueError, match="compute_capabilities must name at least one of 80, .*, got none"):
         export.to_tensorrt(model, tmp_path / "x", compute_capabilities=())
+    with pytest.raises(ValueError, match=r"compute_capabilities must be None for profile jetpack6, got \(86,\); its"):
+        export.to_tensorrt(model, tmp_path / "x", profile="jetpack6", compute_capabilities=[86])
     with pytest.raises(ValueError, match="profile must be one of rtx, jetpack6, got 'jetpack5'"):
         export.to_tensorrt(model, tmp_path / "x", profile="jetpack5")
     with pytest.raises(
