@@ -20,7 +20,7 @@ def check_interleaved(folder: Path) -> None:
         own, state, logits = export.load(folder), None, []
         for start, stop in pieces:
             result, state = own(ids[:, start:stop], state)
-            logits.append(np.array(result))
+            logits.append(np.asarray(result).copy())
         alone.append(logits)
     states: list[State | None] = [None, None]
     for index, (start, stop) in enumerate(pieces):
