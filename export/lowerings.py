@@ -50,6 +50,13 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tens
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float() * F.silu(gate)).to(dtype)
 
 
+def _cumsum(x: Tensor, dim: int) -> Tensor:
+    # TensorRT has no whole-number CumSum; float32 counts up to 2^24 exactly.
+    if x.dtype == torch.int64:
+        return torch.cumsum(x.to(torch.float32), dim).to(torch.int64)
+    return torch.cumsum(x, dim)
+
+
 def _conv1d(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
     # ONNX has no bfloat16 Conv before opset 22.
     if x.dtype == torch.bfloat16:
@@ -265,6 +272,8 @@ def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
     table |= {packet.default: replacement for packet, replacement in table.items()}
+    if target == "tensorrt":
+        table[torch.Tensor.cumsum] = _cumsum
     if target != "aoti":
         table[torch.conv1d] = causal_conv if target == "opset27" else _conv1d
     return table

@@ -55,9 +55,9 @@ class OnnxRunner(Runner):
         return self._sessions[name]
 
     def _create_session(self, name: str, options: Any) -> Any:
-        return self._runtime.InferenceSession(self._model(name), options, providers=self._providers)
+        return self._runtime.InferenceSession(self._graph_file(name), options, providers=self._providers)
 
-    def _model(self, name: str) -> str:
+    def _graph_file(self, name: str) -> str:
         """The file of a graph."""
         return str(self.folder / self.manifest["graphs"][name])
 

@@ -10,10 +10,10 @@ from typing import Any
 # 10 %, which random weights pass on undiminished: only a trained model keeps within it.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-2, "int4": 2e-2}
 # Precision -> largest share by which it may raise the bits per byte of a held-out text.
-BITS_PER_BYTE = {"float32": 1e-3, "float16": 5e-3, "int8": 1e-2, "int4": 4e-2}
+BITS_PER_BYTE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-3, "int8": 1e-2, "int4": 4e-2}
 # Precision -> smallest share of choices in common with the model when both run free, and the largest margin of one that
 # differs. Weights of 4 bits reached 98.9 % over 512 tokens and 99.4 % (2.1e-2) over 8192 of a trained model's text.
-ROUTING = {"float16": (0.995, 1e-2), "int8": (0.995, 1e-2), "int4": (0.985, 5e-2)}
+ROUTING = {"float16": (0.995, 1e-2), "bfloat16": (0.995, 1e-2), "int8": (0.995, 1e-2), "int4": (0.985, 5e-2)}
 BLOCK_SIZE = 16  # weights that share a scale and a zero point
 # Sums of squares overflow float16; the memory rule, its state and its decay stay float32.
 _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto

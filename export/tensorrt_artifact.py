@@ -19,7 +19,7 @@ from ._tensorrt_provider import provider_options
 from .budget import budget
 from .jetpack import PROFILES, build_script, check_parser_operators, quantize_weights
 from .onnx_artifact import GRAPHS, _graph, check_onnx_packages, save_graphs
-from .onnx_runner import TOUCHED_GRAPH
+from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
 from .tensorrt_engines import build_engine
 from .tensorrt_shapes import ShapeRanges, trtexec_shapes
 from .writing import package_versions, write_artifact
@@ -96,17 +96,17 @@ def to_tensorrt(
         versions["tensorrt-rtx"] = require_tensorrt().__version__
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
-        io = write_graphs(exact, folder, precision)
+        io, files = write_graphs(exact, folder, precision), graph_files(exact.config, precision)
         if profile != "rtx":
-            for file in graph_files(exact.config).values():
-                check_parser_operators(folder / file)
+            for name in engine_graphs(exact.config):
+                check_parser_operators(folder / files[name])
         engines: dict[str, dict[str, Any]] = {
             name: {"file": f"{name}.engine", "shapes": shapes.shapes(io[name]["inputs"])}
             for name in engine_graphs(exact.config)
         }
         for name, engine in engines.items():
             if profile == "rtx":
-                graph = folder / graph_files(exact.config)[name]
+                graph = folder / files[name]
                 engine.update(build_engine(graph, folder / engine["file"], engine["shapes"], capabilities))
         write_deployment_files(folder, engines, profile)
         return {
@@ -114,7 +114,7 @@ def to_tensorrt(
             "target": "tensorrt",
             "profile": profile,
             "precision": precision,
-            "graphs": graph_files(exact.config),
+            "graphs": files,
             "io": io,
             "engines": engines,
             "compute_capabilities": list(capabilities),
@@ -131,15 +131,16 @@ def to_tensorrt(
     )
 
 
-def graph_files(config: MoMConfig) -> dict[str, str]:
-    """Graph name -> file."""
+def graph_files(config: MoMConfig, precision: str) -> dict[str, str]:
+    """Graph name -> file; below float32 also the prefill whose routing is given, for the verification."""
     touched = config.total_memories >= TOUCHED_FROM * (config.topk + config.shared_mem)
-    return {**GRAPHS, **({TOUCHED_GRAPH: f"{TOUCHED_GRAPH}.onnx"} if touched else {})}
+    names = [TOUCHED_GRAPH] * touched + [FORCED_GRAPH] * (precision != "float32")
+    return {**GRAPHS, **{name: f"{name}.onnx" for name in names}}
 
 
 def engine_graphs(config: MoMConfig) -> tuple[str, ...]:
     """The graphs that become engines: prefill and one form of decode."""
-    return ("prefill", TOUCHED_GRAPH if TOUCHED_GRAPH in graph_files(config) else "decode")
+    return ("prefill", TOUCHED_GRAPH if TOUCHED_GRAPH in graph_files(config, "float32") else "decode")
 
 
 def write_graphs(model: MoMForCausalLM, folder: Path, precision: str) -> dict[str, Any]:
@@ -150,7 +151,8 @@ def write_graphs(model: MoMForCausalLM, folder: Path, precision: str) -> dict[st
         graph = _graph(lower, "tensorrt", name)
         return quantize_weights(graph, precision) if precision == "int4" else graph
 
-    return save_graphs(folder, ((name, file, partial(make, name)) for name, file in graph_files(model.config).items()))
+    files = graph_files(model.config, precision)
+    return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
 
 
 def with_precision(model: MoMForCausalLM, precision: str) -> MoMForCausalLM:

@@ -38,15 +38,15 @@ class GraphRunner(OnnxRunner):
         if self._providers != [PROVIDER]:
             return super()._create_session(name, options)
         settings = self.manifest["provider_options"][name]
-        return provider_session(self._runtime, super()._model(name), options, settings)
+        return provider_session(self._runtime, super()._graph_file(name), options, settings)
 
-    def _model(self, name: str) -> str:
+    def _graph_file(self, name: str) -> str:
         if self.manifest["precision"] != "bfloat16" or self._providers != ["CPUExecutionProvider"]:
-            return super()._model(name)
+            return super()._graph_file(name)
         if self._widened is None:
             self._widened = tempfile.TemporaryDirectory(prefix="mom-compile-")
         target = Path(self._widened.name) / self.manifest["graphs"][name]
-        widen_bfloat16(Path(super()._model(name)), target)
+        widen_bfloat16(Path(super()._graph_file(name)), target)
         return str(target)
 
 

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -128,7 +129,9 @@ class DecodeSession:
                 # Every tensor it reads is the session's own: no guard could ever fail, and checking them takes longer
                 # than a small model's step.
                 options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-                self._step = torch.compile(self._run, fullgraph=True, dynamic=False, options=options)
+                # Dynamo keeps graphs by code object: without guards, sessions must not share one.
+                own = FunctionType(DecodeSession._run.__code__.replace(), globals())
+                self._step = torch.compile(MethodType(own, self), fullgraph=True, dynamic=False, options=options)
             self._graph: torch.cuda.CUDAGraph | None = None
             if device.type == "cuda" if graph is None else graph:
                 self._capture()

@@ -48,8 +48,7 @@ def forward(
 
     # rank: position of a token among those of its memory; source: the token at each position, slot T is trash.
     selected = selected.transpose(1, 2)  # [B, M', T]
-    # Counted in float32, exact up to 2^24 tokens: TensorRT's list of operators has no whole-number CumSum.
-    count = selected.to(torch.float32).cumsum(2).to(torch.int64)
+    count = selected.to(torch.int64).cumsum(2)
     rank = count - 1
     position = torch.arange(length, device=x.device)
     slot = torch.where(selected, rank, length)

@@ -75,8 +75,9 @@ def test_the_router_stays_float32(precision: str, exported: Maker) -> None:
         pending += [node.input[0] for node in graph.node if "router_indices.0" in node.input[1:2]]
         while pending:  # back from the choice and from the log decay to the projection
             value = pending.pop()
-            assert value not in half, value
             source = producer.get(value)
+            # A mask of given choices may be float16: it is 0 or 1, and nothing that the projection computed.
+            assert value not in half or (source is not None and source.name not in path), value
             if source is not None and source not in projections and source.op_type != "Shape":
                 pending += source.input
         quantized = [node for node in graph.node if node.op_type == "MatMulNBits"]
