@@ -44,6 +44,8 @@ from mom_compile.export.tensorrt_shapes import ShapeRanges, trtexec_shapes
 from mom_compile.ops import RULES
 from mom_compile.ops.memory_rule import recurrence_reference
 
+pytestmark = pytest.mark.tensorrt
+
 VERSION = "1.7.1.116"
 
 
