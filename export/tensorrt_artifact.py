@@ -27,8 +27,9 @@ from .writing import package_versions, write_artifact
 if TYPE_CHECKING:
     from ..report import Report
 
-# Weights of 4 bits in blocks of 64 are themselves off by 10 %, and a model of random weights passes that on.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2, "int4": 5e-1}
+# Weights of 4 bits in blocks of 64 are themselves off by 10 %, and a model of random weights passes that on; bfloat16
+# rounds eight times as coarsely as float16, and puts torch's own logits of two small layers off by 3e-2.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int4": 5e-1}
 RUNNER_SOURCE = "tensorrt_runner.cpp"
 ENGINE_PRECISIONS = ("float32", "float16", "bfloat16")
 TOUCHED_FROM = 3
@@ -59,8 +60,8 @@ def to_tensorrt(
         model: not changed.
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
-        tolerance: largest relative error of the graphs' logits, in onnxruntime on the CPU. None: 1e-4 for float32, 2e-2
-            with the same routing for the others, 0.5 for int4.
+        tolerance: largest relative error of the graphs' logits, in onnxruntime on the CPU. None: 1e-4 for float32;
+            with the same routing 2e-2 for float16, 5e-2 for bfloat16, 0.5 for int4.
         precision: ``float32``, ``float16`` or ``bfloat16`` of weights and activations; for ``jetpack6`` also ``int4``
             weights. Router, decay, inverse, states, logits and the other inputs and outputs are float32.
         compute_capabilities: GPUs that the engines run on, of 80, 86, 89, 120, 121; None: 86, 89 and 120.

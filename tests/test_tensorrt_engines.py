@@ -9,13 +9,18 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from models import tiny_model
 from onnx import TensorProto, helper
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.export._tensorrt import require_tensorrt
 from mom_compile.export.artifact import read_manifest
+from mom_compile.export.runner import load
+from mom_compile.export.tensorrt_artifact import with_precision
 from mom_compile.export.tensorrt_engines import build_engine
+from mom_compile.ops import route
+from mom_compile.report import relative
 
 pytestmark = pytest.mark.tensorrt
 tensorrt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT for RTX: make test-tensorrt installs it")
@@ -90,6 +95,15 @@ def test_bfloat16_and_the_touched_decode(tmp_path: Path) -> None:
     assert set(manifest["engines"]) == {"prefill", "decode_touched"}
     weights = onnx.load(str(tmp_path / "x" / "decode.onnx"), load_external_data=False).graph.initializer
     assert TensorProto.BFLOAT16 in {tensor.data_type for tensor in weights}
+    # The graph adds nothing to the rounding of the weights, where its activations are widened for the CPU.
+    rounded = with_precision(model, "bfloat16").float()
+    ids = torch.randint(0, 50, (2, 70), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        chosen = [route(logits.flatten(0, 1), 1)[1].view(2, 70, 1) for logits in model(ids).router_logits]
+        expected = rounded(ids, router_indices=chosen).logits
+    runner: Any = load(tmp_path / "x", providers=["CPUExecutionProvider"])
+    logits, _ = runner.run_forced(ids.numpy(), [indices.numpy() for indices in chosen])
+    assert relative(logits, expected.numpy()) < 1e-4
 
 
 def test_a_graph_that_tensorrt_does_not_take(tmp_path: Path) -> None:
