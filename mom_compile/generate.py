@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .decode import DecodeSession, has_compiler, session_for, supports_session
 from .sampling import check_sampling
+from .state import check_state
 from .validate import validate_inputs
 
 if TYPE_CHECKING:
@@ -104,19 +105,21 @@ def generate(
     if max_new_tokens == 0:
         return input_ids.clone()
 
-    logits: Tensor | None = None
+    if state is not None:
+        check_state(model.config, state, batch, input_ids.device)
+    hidden: Tensor | None = None  # of each row's last token: the logits of the others are never computed
     last = _last_token(attention_mask, batch, length, input_ids.device)
     piece = max(PREFILL_TOKENS // max(batch, 1), 1)
     for start in range(0, length, piece):
         end = min(start + piece, length)
         mask = None if attention_mask is None else attention_mask[:, start:end]
-        out = model(input_ids[:, start:end], state=state, attention_mask=mask)
-        state = out.state
-        rows = out.logits[torch.arange(batch, device=last.device), (last - start).clamp(0, end - start - 1)]
+        x, state, _ = model.hidden_states(input_ids[:, start:end], state, mask)
+        rows = x[torch.arange(batch, device=last.device), (last - start).clamp(0, end - start - 1)]
         here = (last >= start) & (last < end)
-        logits = rows if logits is None else torch.where(here.unsqueeze(1), rows, logits)
-    assert logits is not None
+        hidden = rows if hidden is None else torch.where(here.unsqueeze(1), rows, hidden)
+    assert hidden is not None
     assert state is not None
+    logits = model.lm_head(hidden)
     step = _decoder(model, state, decode, session, max_new_tokens)
     stop = -1 if eos_token_id is None else eos_token_id
     pieces = [input_ids]
