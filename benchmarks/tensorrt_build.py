@@ -73,10 +73,10 @@ def run_stage(args: argparse.Namespace) -> None:
         import torch
 
         from mom_compile import MoMForCausalLM
-        from mom_compile.export.tensorrt_artifact import write_graphs
+        from mom_compile.export.tensorrt_artifact import engine_graphs, write_graphs
 
         torch.manual_seed(0)
-        io = write_graphs(MoMForCausalLM(config).eval(), folder, args.precision)
+        io = write_graphs(MoMForCausalLM(config).eval(), folder, args.precision, engine_graphs(config))
         (folder / "io.json").write_text(json.dumps(io))
         size = (folder / "weights.bin").stat().st_size
         versions.append(f"torch {torch.__version__}")

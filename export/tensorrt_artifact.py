@@ -144,8 +144,10 @@ def engine_graphs(config: MoMConfig) -> tuple[str, ...]:
     return ("prefill", TOUCHED_GRAPH if TOUCHED_GRAPH in graph_files(config, "float32") else "decode")
 
 
-def write_graphs(model: MoMForCausalLM, folder: Path, precision: str) -> dict[str, Any]:
-    """The graphs and their weights; returns their description for the manifest."""
+def write_graphs(
+    model: MoMForCausalLM, folder: Path, precision: str, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The graphs, or those of ``names``, and their weights; returns their description for the manifest."""
     lower = with_precision(model, precision)
 
     def make(name: str) -> Any:
@@ -153,7 +155,7 @@ def write_graphs(model: MoMForCausalLM, folder: Path, precision: str) -> dict[st
         return quantize_weights(graph, precision) if precision == "int4" else graph
 
     files = graph_files(model.config, precision)
-    return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
+    return save_graphs(folder, ((name, files[name], partial(make, name)) for name in names or files))
 
 
 def with_precision(model: MoMForCausalLM, precision: str) -> MoMForCausalLM:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mom_compile.export.kernel_functions import Function, Units
+from mom_compile.export.kernel_function import Function
 from mom_compile.export.kernel_table import entries
+from mom_compile.export.launch_formula import Units
 from mom_compile.ops._launch import Launch, instead_of_launches
 
 
@@ -71,7 +72,7 @@ def _write_plugin(folder: Path, title: str, first: dict[str, Tensor], last: dict
 
 
 def _write(folder: Path, title: str, units: Units, buffers: list[tuple[str, Tensor, Tensor]]) -> list[str]:
-    lines = [f"{title} {units[0]} {units[1]} {len(buffers)}"]
+    lines = [f"{title} {' '.join(map(str, units))} {len(buffers)}"]
     for name, before, after in buffers:
         files = []
         for tensor in (before, after):

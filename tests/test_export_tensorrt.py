@@ -513,7 +513,7 @@ HEADERS = os.environ.get("TENSORRT_INCLUDE", "/usr/include/x86_64-linux-gnu")
 
 @pytest.mark.skipif(
     not (Path(HEADERS) / "NvInfer.h").is_file() or shutil.which("g++") is None,
-    reason="needs g++ and TensorRT's headers, which no registry has: set TENSORRT_INCLUDE to a folder with NvInfer.h",
+    reason="needs g++ and TensorRT's headers: .ci/tensorrt-headers FOLDER, TENSORRT_INCLUDE=FOLDER",
 )
 def test_the_runner_in_cpp_compiles(tmp_path: Path) -> None:
     import triton
