@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import VARIANTS, tiny_model
+from kernel_cases import write_cases
 from support import INTERPRET, ON_GPU, assert_close
 from torch import Tensor
 
@@ -135,6 +137,18 @@ def test_a_prefill_out_of_the_kernels_equals_the_model(rule: str, variant: str) 
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert_close(ours[name], theirs[name], 2e-5, name)
+
+
+def test_the_table_is_that_of_real_launches(tmp_path: Path) -> None:
+    """What the GPU test writes for its C++ program, with shapes and grids of the table; ragged, with an unused chunk."""
+    config = tiny_model("mamba2", num_hidden_layers=1).config
+    chunks = rows_bound(70, config.topk, 2, config.num_memories, config.shared_mem) // CHUNK + 1
+    cases = [
+        (function, (2, chunks, 70) if len(function.units) > 1 else (3, 0, 0))
+        for function in prefill_functions(config, torch.float32)
+    ]
+    count = write_cases(tmp_path / "cases", cases, 86, "cuda" if ON_GPU else "cpu")
+    assert count == len(cases) + 24  # functions and launches: dispatch six, the rule four, conv_qkv two
 
 
 def test_the_order_names_every_function() -> None:

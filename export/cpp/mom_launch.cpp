@@ -141,7 +141,7 @@ mom_pack *mom_open(const char *folder) {
     }
     if (!binary && !text) {
         fail("the pack must hold kernels for compute capability " + std::to_string(own) +
-             ", got none; export it again with --architectures " + std::to_string(own));
+             ", got none; export it again with --compute-capability " + std::to_string(own));
         return nullptr;
     }
     mom_pack *pack = new mom_pack;
