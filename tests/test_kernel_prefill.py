@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import VARIANTS, tiny_model
 from kernel_cases import write_cases
+from models import VARIANTS, tiny_model
 from support import INTERPRET, ON_GPU, assert_close
 from torch import Tensor
 
@@ -140,7 +140,7 @@ def test_a_prefill_out_of_the_kernels_equals_the_model(rule: str, variant: str) 
 
 
 def test_the_table_is_that_of_real_launches(tmp_path: Path) -> None:
-    """What the GPU test writes for its C++ program, with shapes and grids of the table; ragged, with an unused chunk."""
+    """What the GPU test writes for its C++ program: ragged, with an unused chunk."""
     config = tiny_model("mamba2", num_hidden_layers=1).config
     chunks = rows_bound(70, config.topk, 2, config.num_memories, config.shared_mem) // CHUNK + 1
     cases = [
