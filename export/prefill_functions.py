@@ -34,7 +34,8 @@ ORDER = """\
 Prefill of N sequences packed into T tokens, states in the layout of MoMForCausalLM.init_state. RULE: of the layer.
 PRODUCT: a plain matrix product, y[T, O] = x[T, F] w[O, F]^T in the pack's dtype with sums in float32, which the
 application takes from cuBLAS or CUTLASS, as it takes the sampling of tokens from elsewhere. The weights behind
-attn_norm and mlp_norm have the norm's weight multiplied into their columns, as for decode.
+attn_norm and mlp_norm have the norm's weight multiplied into their columns, as for decode. Every pointer argument is a
+buffer of the application, intermediate tables too; mom_amount says its bytes, and mom_run takes them by name.
 
   embed                 x[T, D] out of the embedding; entry_of: token ids as int32
   for each layer

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 # Weights of 4 bits in blocks of 64 are themselves off by 10 %, and a model of random weights passes that on; bfloat16
 # rounds eight times as coarsely as float16, and puts torch's own logits of two small layers off by 3e-2.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int4": 5e-1}
+_ELSEWHERE = {
+    "int8": "TensorRT keeps no weights of 8 bits for products of float16: use --to onnxruntime",
+    "int4": "engines of weights of 4 bits are built on a Jetson: use --profile jetpack6",
+}
 RUNNER_SOURCE = "tensorrt_runner.cpp"
 ENGINE_PRECISIONS = ("float32", "float16", "bfloat16")
 TOUCHED_FROM = 3
@@ -81,7 +85,8 @@ def to_tensorrt(
     known = ENGINE_PRECISIONS if profile == "rtx" else tuple(TOLERANCES)
     if precision not in known:
         raise ValueError(
-            f"precision must be one of {', '.join(known)} for profile {profile}, got {precision!r}; choose one of them"
+            f"precision must be one of {', '.join(known)} for profile {profile}, got {precision!r}; "
+            f"{_ELSEWHERE.get(precision, 'choose one of them')}"
         )
     if profile == "jetpack6" and compute_capabilities is not None:
         raise ValueError(

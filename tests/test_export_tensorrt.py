@@ -398,9 +398,11 @@ def test_messages(
     with pytest.raises(ValueError, match="profile must be one of rtx, jetpack6, got 'jetpack5'"):
         export.to_tensorrt(model, tmp_path / "x", profile="jetpack5")
     with pytest.raises(
-        ValueError, match="precision must be one of float32, float16, bfloat16 for profile rtx, got 'int4'"
+        ValueError, match="one of float32, float16, bfloat16 for profile rtx, got 'int4'; .* use --profile jetpack6"
     ):
         export.to_tensorrt(model, tmp_path / "x", precision="int4")
+    with pytest.raises(ValueError, match="bfloat16, int4 for profile jetpack6, got 'int8'; .* use --to onnxruntime"):
+        export.to_tensorrt(model, tmp_path / "x", precision="int8", profile="jetpack6")
     with pytest.raises(ValueError, match=r"batch must be three ascending numbers of at least 1 .*, got \(4, 1, 8\)"):
         export.to_tensorrt(model, tmp_path / "x", batch=(4, 1, 8))
     model.save_pretrained(tmp_path / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from mom_compile.export.artifact import read_manifest
 from mom_compile.export.kernel_function import Function
 from mom_compile.export.kernel_functions import functions
 from mom_compile.export.kernel_pack import ARCHITECTURES
-from mom_compile.export.kernel_table import entries, record
+from mom_compile.export.kernel_table import Argument, entries, record
 from mom_compile.export.launch_formula import Formula, Units, fit
 from mom_compile.export.prefill_functions import ORDER
 from mom_compile.ops._launch import cdiv
@@ -168,6 +169,39 @@ def test_the_header_counts_chunks(pack: Path, tmp_path: Path) -> None:
     done = subprocess.run([str(tmp_path / "chunks")], check=True, capture_output=True, text=True)
     config = tiny_config()
     assert [int(line) + 1 for line in done.stdout.split()] == [_chunks(config, *pair) for pair in sizes]
+
+
+def test_formulas_are_the_same_in_c(pack: Path, tmp_path: Path) -> None:
+    source, sizes = tmp_path / "formulas.cpp", (5, 77, 1001)
+    source.write_text(
+        '#include <cstdio>\n#include "mom_kernels.h"\nint main() {\n'
+        f"    const uint32_t units[3] = {{{', '.join(map(str, sizes))}}};\n"
+        "    for (uint32_t i = 0; i < mom_kernel_count; ++i) {\n"
+        "        const mom_kernel *k = &mom_kernels[i];\n"
+        '        std::printf("%s %u", k->name, k->smallest);\n'
+        '        for (int axis = 0; axis < 3; ++axis) std::printf(" %u", mom_programs(k, axis, units));\n'
+        "        for (uint32_t j = 0; j < k->num_arguments; ++j)\n"
+        '            std::printf(" %lld", static_cast<long long>(mom_amount(&k->arguments[j], units)));\n'
+        '        std::printf("\\n");\n    }\n}\n'
+    )
+    program = tmp_path / "formulas"
+    command = [_compiler(), "-std=c++17", "-Wall", "-Werror", f"-I{pack}", str(source), str(pack / "mom_launch.cpp")]
+    subprocess.run([*command, "-ldl", "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], check=True, capture_output=True, text=True)
+    expected = []
+    for function in _functions(tiny_config()).values():
+        for entry in entries(function, 90):
+            amounts = [_amount(argument, sizes) for argument in entry.arguments]
+            expected.append(" ".join(map(str, [entry.name, entry.smallest, *(f(sizes) for f in entry.grid), *amounts])))
+    assert done.stdout.splitlines() == expected
+
+
+def _amount(argument: Argument, units: Units) -> int:
+    """Bytes behind a pointer, a whole number, or 0 for a float, which has a field of its own."""
+    if argument.shape is not None:
+        item = {"fp32": 4, "bf16": 2, "i32": 4, "i64": 8}[argument.type.removeprefix("*")]
+        return item * math.prod(axis(units) for axis in argument.shape)
+    return argument.value(units) if isinstance(argument.value, Formula) else 0
 
 
 def test_the_header_names_the_functions_and_their_order(pack: Path) -> None:
