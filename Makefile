@@ -49,7 +49,7 @@ $(TENSORRT): $(STAMP)
 	@touch $@
 
 test-tensorrt: $(TENSORRT)
-	$(PYTEST) $(PARALLEL) -m tensorrt
+	$(PYTEST) -n auto --dist loadgroup -m tensorrt
 
 engines: $(TENSORRT)
 	test -d runs/demo || $(MAKE) demo

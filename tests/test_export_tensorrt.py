@@ -44,7 +44,8 @@ from mom_compile.export.tensorrt_shapes import ShapeRanges, trtexec_shapes
 from mom_compile.ops import RULES
 from mom_compile.ops.memory_rule import recurrence_reference
 
-pytestmark = pytest.mark.tensorrt
+# One process for all of them: they share their artifacts.
+pytestmark = [pytest.mark.tensorrt, pytest.mark.xdist_group("graphs")]
 
 VERSION = "1.7.1.116"
 
@@ -387,9 +388,7 @@ def test_compute_capabilities(value: int, advice: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_messages(
-    tmp_path: Path, small_artifact: tuple[MoMForCausalLM, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model(num_hidden_layers=1)
     with pytest.raises(ValueError, match="compute_capabilities must name at least one of 80, .*, got none"):
         export.to_tensorrt(model, tmp_path / "x", compute_capabilities=())

@@ -85,7 +85,7 @@ def test_the_whole_graph_is_one_partition(exported: Path) -> None:
 
 
 def test_bfloat16_and_the_touched_decode(tmp_path: Path) -> None:
-    model = tiny_model(["mamba2", "retention"], num_memories=8, topk=1)
+    model = tiny_model("mamba2", num_memories=8, topk=1, num_hidden_layers=1)
     report = export.to_tensorrt(model, tmp_path / "x", precision="bfloat16", compute_capabilities=[89])
     assert report.passed, str(report)
     manifest = read_manifest(tmp_path / "x")
