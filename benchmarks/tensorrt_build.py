@@ -54,7 +54,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     if args.out:
         with Path(args.out).open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
