@@ -54,7 +54,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     if args.out:
         with Path(args.out).open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
@@ -73,10 +73,10 @@ def run_stage(args: argparse.Namespace) -> None:
         import torch
 
         from mom_compile import MoMForCausalLM
-        from mom_compile.export.tensorrt_artifact import write_graphs
+        from mom_compile.export.tensorrt_artifact import engine_graphs, write_graphs
 
         torch.manual_seed(0)
-        io = write_graphs(MoMForCausalLM(config).eval(), folder, args.precision)
+        io = write_graphs(MoMForCausalLM(config).eval(), folder, args.precision, engine_graphs(config))
         (folder / "io.json").write_text(json.dumps(io))
         size = (folder / "weights.bin").stat().st_size
         versions.append(f"torch {torch.__version__}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
@@ -14,12 +13,16 @@ from typing import Any
 import torch
 
 from .._files import atomic_directory
+from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..ops._aot import Binary, compile_variant
 from ..ops._kernel_variant import SHARED_MEMORY_KB
 from .artifact import is_artifact, write_manifest
-from .kernel_functions import Function, functions
-from .kernel_table import Argument, Entry, Linear, entries
+from .kernel_function import Function
+from .kernel_functions import functions
+from .kernel_table import Argument, Entry, entries
+from .launch_formula import Formula
+from .prefill_functions import ORDER
 from .writing import package_versions, schemas_sha256
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 120)
@@ -38,11 +41,11 @@ def to_kernels(
 ) -> dict[str, Any]:
     """Write the kernels of a model for applications without Python.
 
-    The folder holds, per architecture, a cubin and the PTX of each kernel (the decode step, its linear layers, routing,
-    the gated norm and the chunked rule of prefill); ``mom_kernels.h``, a C header with the launch table: symbol, grid
-    formula, threads, shared memory, arguments in order with types and sizes, constants; ``mom_launch.h`` and
-    ``mom_launch.cpp``, a launcher on the CUDA driver API; ``mom_plugin.cpp``, the decode step as a TensorRT plugin; and
-    ``manifest.json``. Grid and sizes are formulas in the batch, tokens or chunks.
+    The folder holds, per architecture, a cubin and the PTX of each kernel of decode and of prefill, which need nothing
+    else but plain matrix products; ``mom_kernels.h``, a C header with the order of a prefill and the launch table:
+    symbol, grid formula, threads, shared memory, arguments in order with types and sizes, constants; ``mom_launch.h``
+    and ``mom_launch.cpp``, a launcher on the CUDA driver API; ``mom_plugin.cpp``, the decode step as a TensorRT plugin;
+    and ``manifest.json``. Grid and sizes are formulas in the batch, or in tokens, sequences and chunks.
 
     Args:
         model: its sizes, rules and dtype (float32, bfloat16 or float16) are compiled in; its weights are not written.
@@ -64,7 +67,7 @@ def to_kernels(
         for architecture in dict.fromkeys(compute_capabilities):
             for function in listed:
                 kernels += _compile(staging, function, architecture)
-        (staging / HEADER).write_text(header(kernels), encoding="utf-8")
+        (staging / HEADER).write_text(header(model.config, listed, kernels), encoding="utf-8")
         for name in SOURCES:
             source = resources.files(__package__ or "").joinpath("cpp", name)
             (staging / name).write_bytes(source.read_bytes())
@@ -145,19 +148,19 @@ def _describe_argument(argument: Argument, units: Sequence[str]) -> dict[str, An
     if argument.shape is not None:
         described["shape"] = [axis.text(units) for axis in argument.shape]
     else:
-        described["value"] = argument.value.text(units) if isinstance(argument.value, Linear) else argument.value
+        described["value"] = argument.value.text(units) if isinstance(argument.value, Formula) else argument.value
     return described
 
 
-def header(kernels: Sequence[tuple[Entry, Binary, str]]) -> str:
-    """The launch table as C."""
+def header(config: MoMConfig, listed: Sequence[Function], kernels: Sequence[tuple[Entry, Binary, str]]) -> str:
+    """The order of a prefill, the functions and the launch table as C."""
     lists: dict[str, str] = {}
     rows = []
     for entry, binary, stem in kernels:
         body = "".join(f"    {_c_argument(argument)},\n" for argument in entry.arguments)
         name = lists.setdefault(body, f"mom_arguments_{len(lists)}")
         constants = " ".join(f"{key}={value}" for key, value in entry.variant.constants.items() if value is not None)
-        grid = ", ".join(f"{{{axis.base}, {axis.times}, {axis.per}, {axis.unit}}}" for axis in entry.grid)
+        grid = ", ".join(map(_c_formula, entry.grid))
         rows.append(
             f'    {{"{entry.name}", "{binary.symbol}", "{stem}.cubin", "{stem}.ptx",\n'
             f'     "{constants}",\n'
@@ -165,14 +168,27 @@ def header(kernels: Sequence[tuple[Entry, Binary, str]]) -> str:
             f"{32 * entry.variant.num_warps}, {binary.shared}, {len(entry.arguments)}, {binary.hidden}, {name}}},\n"
         )
     arguments = "".join(f"static const mom_argument {name}[] = {{\n{body}}};\n" for body, name in lists.items())
+    names = "".join(f"    {_c_function(one)},\n" for one in listed)
+    order = "\n".join(f" * {line}".rstrip() for line in ORDER.splitlines())
+    memories, shared = config.num_memories, int(config.shared_mem)
     return (
         "/* The launch table of this pack, written by mom-compile. One source file, mom_launch.cpp, defines\n"
-        " * MOM_KERNELS_DEFINE before it includes this header. */\n"
+        " * MOM_KERNELS_DEFINE before it includes this header.\n *\n"
+        f"{order} */\n"
         "#ifndef MOM_KERNELS_H\n#define MOM_KERNELS_H\n\n"
         '#include "mom_launch.h"\n\n'
         "#ifdef __cplusplus\n#define MOM_TABLE extern \"C\"\n#else\n#define MOM_TABLE extern\n#endif\n\n"
+        f"#define MOM_TOPK {config.topk}\n#define MOM_MEMORIES {memories} /* without the shared one */\n"
+        f"#define MOM_SHARED {shared}\n\n"
+        "/* Chunks of 64 rows that suffice for any routing. */\n"
+        "static inline uint32_t mom_chunks(uint32_t sequences, uint32_t tokens) {\n"
+        "    const uint64_t routed = (uint64_t)tokens * MOM_TOPK + (uint64_t)sequences * MOM_MEMORIES * 63;\n"
+        "    return (uint32_t)(routed / 64 + MOM_SHARED * (((uint64_t)tokens + (uint64_t)sequences * 63) / 64));\n}\n\n"
+        "MOM_TABLE const uint32_t mom_function_count;\nMOM_TABLE const mom_function mom_functions[];\n"
         "MOM_TABLE const uint32_t mom_kernel_count;\nMOM_TABLE const mom_kernel mom_kernels[];\n\n"
         f"#ifdef MOM_KERNELS_DEFINE\n{arguments}"
+        f"const uint32_t mom_function_count = {len(listed)};\n"
+        f"const mom_function mom_functions[] = {{\n{names}}};\n"
         f"const uint32_t mom_kernel_count = {len(rows)};\n"
         f"const mom_kernel mom_kernels[] = {{\n{''.join(rows)}}};\n#endif\n#endif\n"
     )  # fmt: skip
@@ -182,23 +198,30 @@ def _c_argument(argument: Argument) -> str:
     if argument.shape is not None:
         kind, real, amount = "MOM_POINTER", 0.0, _bytes(argument)
     else:
-        kind, real, amount = _KINDS[argument.type], 0.0, Linear(0)
-        if isinstance(argument.value, Linear):
+        kind, real, amount = _KINDS[argument.type], 0.0, Formula(0)
+        if isinstance(argument.value, Formula):
             amount = argument.value
         elif argument.value is not None:
             real = struct.unpack("f", struct.pack("f", argument.value))[0]  # as the launch rounds it
-    formula = f"{{{amount.base}, {{{amount.per_unit[0]}, {amount.per_unit[1]}}}}}"
-    return f'{{"{argument.name}", "{argument.type}", {kind}, {formula}, {real!r}f}}'
+    return f'{{"{argument.name}", "{argument.type}", {kind}, {_c_formula(amount)}, {real!r}f}}'
 
 
-def _bytes(argument: Argument) -> Linear:
+def _c_formula(formula: Formula) -> str:
+    per_unit = ", ".join(map(str, formula.per_unit))
+    blocks = f"{formula.times}, {formula.each}, {formula.per}, {formula.unit}"
+    return f"{{{formula.base}, {{{per_unit}}}, {blocks}, {int(formula.digits)}}}"
+
+
+def _c_function(function: Function) -> str:
+    units = [*(f'"{unit}"' for unit in function.units), "0", "0"][:3]
+    return f'{{"{function.name}", "{function.operator}", {{{", ".join(units)}}}}}'
+
+
+def _bytes(argument: Argument) -> Formula:
     """Bytes behind a pointer: at most one axis of a tensor depends on an open size."""
     assert argument.shape is not None
-    base, first, second = _BYTES[re.sub(r"^\*", "", argument.type)], 0, 0
+    total = Formula(_BYTES[argument.type.removeprefix("*")])
     for axis in argument.shape:
-        if axis.per_unit == (0, 0):
-            base, first, second = (value * axis.base for value in (base, first, second))
-        else:
-            assert first == second == 0, f"{argument.name} has two open axes"
-            base, first, second = base * axis.base, base * axis.per_unit[0], base * axis.per_unit[1]
-    return Linear(base, (first, second))
+        assert total.constant or axis.constant, f"{argument.name} has two open axes"
+        total = total * axis.base if axis.constant else axis * total.base
+    return total

@@ -15,49 +15,11 @@ from torch import Tensor
 
 from ..ops._kernel_variant import KernelVariant
 from ..ops._launch import Launch, instead_of_launches, pointer
-from .kernel_functions import Function, Units
+from .kernel_functions import Function
+from .launch_formula import Formula, Units, fit
 
-OTHER_SIZES = (1, 2, 3, 17, 4096)
-"""Second sizes at which a function is recorded."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """``base + per_unit[0] * units[0] + per_unit[1] * units[1]``."""
-
-    base: int
-    per_unit: Units = (0, 0)
-
-    def __call__(self, units: Units) -> int:
-        return self.base + self.per_unit[0] * units[0] + self.per_unit[1] * units[1]
-
-    def text(self, names: Sequence[str]) -> int | str:
-        """A number, or a formula in the names of the sizes."""
-        parts = [f"{n} * {name}" if n != 1 else name for n, name in zip(self.per_unit, names, strict=False) if n]
-        if not parts:
-            return self.base
-        return " + ".join([*parts, str(self.base)] if self.base else parts)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Programs along one axis of a grid: ``base + times * ceil(units[unit] / per)``, or ``base`` where per is 0."""
-
-    base: int
-    times: int = 0
-    per: int = 0
-    unit: int = 0
-
-    def __call__(self, units: Units) -> int:
-        return self.base + (self.times * -(-units[self.unit] // self.per) if self.per else 0)
-
-    def text(self, names: Sequence[str]) -> int | str:
-        """A number, or a formula in the names of the sizes."""
-        if not self.per:
-            return self.base
-        blocks = names[self.unit] if self.per == 1 else f"ceil({names[self.unit]} / {self.per})"
-        blocks = blocks if self.times == 1 else f"{self.times} * {blocks}"
-        return f"{blocks} + {self.base}" if self.base else blocks
+OTHER_SIZES = (1, 2, 3, 17, 63, 65, 129, 4096)
+"""Second and third sizes at which a function is recorded."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +35,8 @@ class Argument:
 
     name: str
     type: str
-    shape: tuple[Linear, ...] | None = None
-    value: Linear | float | None = None
+    shape: tuple[Formula, ...] | None = None
+    value: Formula | float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +47,7 @@ class Entry:
     smallest: int
     largest: int
     variant: KernelVariant
-    grid: tuple[Axis, Axis, Axis]
+    grid: tuple[Formula, Formula, Formula]
     arguments: tuple[Argument, ...]
 
 
@@ -101,8 +63,8 @@ def entries(function: Function, architecture: int) -> list[Entry]:
     """The table of a function on one architecture, its kernels in the order of their launches."""
     recordings: dict[Units, list[Launch]] = {}
 
-    def at(first: int, second: int = 2) -> list[Launch]:
-        units = (first, second if len(function.units) > 1 else 0)
+    def at(first: int, second: int = 2, third: int = 2) -> list[Launch]:
+        units = (first, second if len(function.units) > 1 else 0, third if len(function.units) > 2 else 0)
         if units not in recordings:
             recordings[units] = record(function, architecture, units)
         return recordings[units]
@@ -112,14 +74,16 @@ def entries(function: Function, architecture: int) -> list[Entry]:
         inside = [first for first in _samples(largest) if first >= smallest] + [largest]
         for first in inside:
             at(first)
-        for second in OTHER_SIZES if len(function.units) > 1 else ():
-            for first in (*inside[:4], largest):
-                at(first, second)
+        for other in OTHER_SIZES:
+            for first in (*inside[:2], largest):
+                at(first, other)
+                at(first, 2, other)
+            at(inside[0], other, 3 * other)
         chosen = {units: calls for units, calls in recordings.items() if smallest <= units[0] <= largest}
         for position, call in enumerate(at(smallest)):
             calls = {units: launches[position] for units, launches in chosen.items()}
-            for other in calls.values():
-                assert _configuration([other]) == _configuration([call]), f"{function.name} has no one configuration"
+            for another in calls.values():
+                assert _configuration([another]) == _configuration([call]), f"{function.name} has no one configuration"
             found.append((position, _entry(function, smallest, largest, calls)))
     # By launch, not by range: merged entries then still lie in the order of the launches at every size.
     return _merged([entry for _, entry in sorted(found, key=lambda item: item[0])])
@@ -191,7 +155,7 @@ def _entry(function: Function, smallest: int, largest: int, calls: Mapping[Units
         value = call.args[position]
         if isinstance(value, Tensor):
             shape = tuple(
-                _linear({units: other.args[position].shape[axis] for units, other in calls.items()})
+                fit({units: other.args[position].shape[axis] for units, other in calls.items()})
                 for axis in range(value.dim())
             )
             arguments.append(Argument(name, signature[name], shape=shape))
@@ -199,43 +163,8 @@ def _entry(function: Function, smallest: int, largest: int, calls: Mapping[Units
             assert all(other.args[position] == value for other in calls.values())
             arguments.append(Argument(name, signature[name], value=value))
         else:
-            number = _linear({units: other.args[position] for units, other in calls.items()})
+            number = fit({units: other.args[position] for units, other in calls.items()})
             arguments.append(Argument(name, signature[name], value=number))
     sizes = {units: (*other.grid, 1, 1)[:3] for units, other in calls.items()}
-    x, y, z = (_axis({units: grid[axis] for units, grid in sizes.items()}) for axis in range(3))
+    x, y, z = (fit({units: grid[axis] for units, grid in sizes.items()}) for axis in range(3))
     return Entry(label, smallest, largest, variant, (x, y, z), tuple(arguments))
-
-
-def _linear(values: Mapping[Units, int]) -> Linear:
-    slopes = [0, 0]
-    for unit in range(2):
-        for a in values:
-            for b in values:
-                if a[unit] != b[unit] and a[1 - unit] == b[1 - unit]:
-                    slopes[unit] = (values[b] - values[a]) // (b[unit] - a[unit])
-                    break
-            else:
-                continue
-            break
-    first = next(iter(values))
-    base = values[first] - slopes[0] * first[0] - slopes[1] * first[1]
-    formula = Linear(base, (slopes[0], slopes[1]))
-    assert all(formula(units) == value for units, value in values.items()), f"no linear formula for {values}"
-    return formula
-
-
-def _axis(values: Mapping[Units, int]) -> Axis:
-    """A constant where it will do, otherwise the formula with the smallest block."""
-    first = next(iter(values))
-    candidates = [Axis(values[first])]
-    for unit in range(2):
-        for power in range(14):
-            blocks = {units: -(-units[unit] // (1 << power)) for units in values}
-            other = next((units for units in values if blocks[units] != blocks[first]), None)
-            if other is not None:
-                times = (values[other] - values[first]) // (blocks[other] - blocks[first])
-                candidates.append(Axis(values[first] - times * blocks[first], times, 1 << power, unit))
-    for formula in candidates:
-        if all(formula(units) == value for units, value in values.items()):
-            return formula
-    raise AssertionError(f"no grid formula for {values}")

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 # Weights of 4 bits in blocks of 64 are themselves off by 10 %, and a model of random weights passes that on; bfloat16
 # rounds eight times as coarsely as float16, and puts torch's own logits of two small layers off by 3e-2.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int4": 5e-1}
+_ELSEWHERE = {
+    "int8": "TensorRT keeps no weights of 8 bits for products of float16: use --to onnxruntime",
+    "int4": "engines of weights of 4 bits are built on a Jetson: use --profile jetpack6",
+}
 RUNNER_SOURCE = "tensorrt_runner.cpp"
 ENGINE_PRECISIONS = ("float32", "float16", "bfloat16")
 TOUCHED_FROM = 3
@@ -81,7 +85,8 @@ def to_tensorrt(
     known = ENGINE_PRECISIONS if profile == "rtx" else tuple(TOLERANCES)
     if precision not in known:
         raise ValueError(
-            f"precision must be one of {', '.join(known)} for profile {profile}, got {precision!r}; choose one of them"
+            f"precision must be one of {', '.join(known)} for profile {profile}, got {precision!r}; "
+            f"{_ELSEWHERE.get(precision, 'choose one of them')}"
         )
     if profile == "jetpack6" and compute_capabilities is not None:
         raise ValueError(
@@ -144,8 +149,10 @@ def engine_graphs(config: MoMConfig) -> tuple[str, ...]:
     return ("prefill", TOUCHED_GRAPH if TOUCHED_GRAPH in graph_files(config, "float32") else "decode")
 
 
-def write_graphs(model: MoMForCausalLM, folder: Path, precision: str) -> dict[str, Any]:
-    """The graphs and their weights; returns their description for the manifest."""
+def write_graphs(
+    model: MoMForCausalLM, folder: Path, precision: str, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The graphs, or those of ``names``, and their weights; returns their description for the manifest."""
     lower = with_precision(model, precision)
 
     def make(name: str) -> Any:
@@ -153,7 +160,7 @@ def write_graphs(model: MoMForCausalLM, folder: Path, precision: str) -> dict[st
         return quantize_weights(graph, precision) if precision == "int4" else graph
 
     files = graph_files(model.config, precision)
-    return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
+    return save_graphs(folder, ((name, files[name], partial(make, name)) for name in names or files))
 
 
 def with_precision(model: MoMForCausalLM, precision: str) -> MoMForCausalLM:

@@ -21,3 +21,14 @@ def after_previous():
     """
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
+
+
+@helper
+def softplus(x):
+    """``log(1 + exp(x))``."""
+    small = tl.exp(tl.minimum(x, 20.0))
+    ratio = small / (2.0 + small)
+    square = ratio * ratio
+    # The fast logarithm is only absolutely accurate near 1.
+    series = 2.0 * ratio * (1.0 + square * (1.0 / 3.0 + square * (0.2 + square * (1.0 / 7.0 + square / 9.0))))
+    return tl.where(x > 20.0, x, tl.where(small < 0.25, series, tl.log(1.0 + small)))

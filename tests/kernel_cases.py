@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mom_compile.export.kernel_functions import Function, Units
+from mom_compile.export.kernel_function import Function
 from mom_compile.export.kernel_table import entries
+from mom_compile.export.launch_formula import Units
 from mom_compile.ops._launch import Launch, instead_of_launches
 
 
-def write_cases(folder: Path, cases: list[tuple[Function, Units]], architecture: int) -> int:
+def write_cases(
+    folder: Path, cases: list[tuple[Function, Units]], architecture: int, device: torch.device | str = "cuda"
+) -> int:
     """Run each function at its sizes, with the buffers of every launch before and after it in ``folder``.
 
     The outputs must be bit for bit those of a run without recording. Returns the number of cases: the launches
@@ -32,8 +35,8 @@ def write_cases(folder: Path, cases: list[tuple[Function, Units]], architecture:
             calls.append((call, before, [tensor.cpu() for tensor in call.args if isinstance(tensor, Tensor)]))
 
         with instead_of_launches(record):
-            recorded = _run(function, units, number)
-        plain = _run(function, units, number)
+            recorded = _run(function, units, number, device)
+        plain = _run(function, units, number, device)
         for left, right in zip(recorded, plain, strict=True):
             assert torch.equal(_bytes(left), _bytes(right)), f"{function.name} {units}: two runs differ"
         assert len(calls) == len(table), f"{function.name} {units}: {len(calls)} launches, {len(table)} in the table"
@@ -42,7 +45,11 @@ def write_cases(folder: Path, cases: list[tuple[Function, Units]], architecture:
         for entry, (call, before, after) in zip(table, calls, strict=True):
             assert entry.variant.kernel is call.kernel
             assert call.config.constants.items() <= entry.variant.constants.items()
-            names = [argument.name for argument in entry.arguments if argument.shape is not None]
+            assert tuple(axis(units) for axis in entry.grid) == (*call.grid, 1, 1)[:3], f"{entry.name} {units}"
+            pointers = [argument for argument in entry.arguments if argument.shape is not None]
+            names = [argument.name for argument in pointers]
+            for argument, tensor in zip(pointers, before, strict=True):
+                assert [axis(units) for axis in argument.shape or ()] == list(tensor.shape), f"{entry.name} {units}"
             buffers = list(zip(names, before, after, strict=True))
             lines += _write(folder, f"launch {entry.name}", units, buffers)
             for name, tensor in zip(names, before, strict=True):
@@ -71,7 +78,7 @@ def _write_plugin(folder: Path, title: str, first: dict[str, Tensor], last: dict
 
 
 def _write(folder: Path, title: str, units: Units, buffers: list[tuple[str, Tensor, Tensor]]) -> list[str]:
-    lines = [f"{title} {units[0]} {units[1]} {len(buffers)}"]
+    lines = [f"{title} {' '.join(map(str, units))} {len(buffers)}"]
     for name, before, after in buffers:
         files = []
         for tensor in (before, after):
@@ -81,10 +88,10 @@ def _write(folder: Path, title: str, units: Units, buffers: list[tuple[str, Tens
     return lines
 
 
-def _run(function: Function, units: Units, seed: int) -> list[Tensor]:
+def _run(function: Function, units: Units, seed: int, device: torch.device | str) -> list[Tensor]:
     torch.manual_seed(seed)
     with torch.no_grad():
-        result = function.run(units, torch.device("cuda"))
+        result = function.run(units, torch.device(device))
     return [result] if isinstance(result, Tensor) else list(result)
 
 

@@ -44,7 +44,8 @@ from mom_compile.export.tensorrt_shapes import ShapeRanges, trtexec_shapes
 from mom_compile.ops import RULES
 from mom_compile.ops.memory_rule import recurrence_reference
 
-pytestmark = pytest.mark.tensorrt
+# One process for all of them: they share their artifacts.
+pytestmark = [pytest.mark.tensorrt, pytest.mark.xdist_group("graphs")]
 
 VERSION = "1.7.1.116"
 
@@ -387,9 +388,7 @@ def test_compute_capabilities(value: int, advice: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_messages(
-    tmp_path: Path, small_artifact: tuple[MoMForCausalLM, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model(num_hidden_layers=1)
     with pytest.raises(ValueError, match="compute_capabilities must name at least one of 80, .*, got none"):
         export.to_tensorrt(model, tmp_path / "x", compute_capabilities=())
@@ -398,9 +397,11 @@ def test_messages(
     with pytest.raises(ValueError, match="profile must be one of rtx, jetpack6, got 'jetpack5'"):
         export.to_tensorrt(model, tmp_path / "x", profile="jetpack5")
     with pytest.raises(
-        ValueError, match="precision must be one of float32, float16, bfloat16 for profile rtx, got 'int4'"
+        ValueError, match="one of float32, float16, bfloat16 for profile rtx, got 'int4'; .* use --profile jetpack6"
     ):
         export.to_tensorrt(model, tmp_path / "x", precision="int4")
+    with pytest.raises(ValueError, match="bfloat16, int4 for profile jetpack6, got 'int8'; .* use --to onnxruntime"):
+        export.to_tensorrt(model, tmp_path / "x", precision="int8", profile="jetpack6")
     with pytest.raises(ValueError, match=r"batch must be three ascending numbers of at least 1 .*, got \(4, 1, 8\)"):
         export.to_tensorrt(model, tmp_path / "x", batch=(4, 1, 8))
     model.save_pretrained(tmp_path / "model")
@@ -513,7 +514,7 @@ HEADERS = os.environ.get("TENSORRT_INCLUDE", "/usr/include/x86_64-linux-gnu")
 
 @pytest.mark.skipif(
     not (Path(HEADERS) / "NvInfer.h").is_file() or shutil.which("g++") is None,
-    reason="needs g++ and TensorRT's headers, which no registry has: set TENSORRT_INCLUDE to a folder with NvInfer.h",
+    reason="needs g++ and TensorRT's headers: .ci/tensorrt-headers FOLDER, TENSORRT_INCLUDE=FOLDER",
 )
 def test_the_runner_in_cpp_compiles(tmp_path: Path) -> None:
     import triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -18,10 +19,14 @@ from mom_compile import MoMConfig, MoMForCausalLM
 from mom_compile.cli import main
 from mom_compile.export import load, to_kernels
 from mom_compile.export.artifact import read_manifest
-from mom_compile.export.kernel_functions import Function, functions
+from mom_compile.export.kernel_function import Function
+from mom_compile.export.kernel_functions import functions
 from mom_compile.export.kernel_pack import ARCHITECTURES
-from mom_compile.export.kernel_table import Axis, Linear, entries, record
+from mom_compile.export.kernel_table import Argument, entries, record
+from mom_compile.export.launch_formula import Formula, Units, fit
+from mom_compile.export.prefill_functions import ORDER
 from mom_compile.ops._launch import cdiv
+from mom_compile.ops._layout import CHUNK, rows_bound
 
 pytest.importorskip("triton")
 if INTERPRET:
@@ -72,8 +77,13 @@ def test_the_table_is_that_of_the_binaries(pack: Path) -> None:
             # What follows are Triton's scratch pointers, which no kernel of ours uses.
             assert [int(kind[1:]) for kind in parameters[len(sizes) :]] == [64] * (len(parameters) - len(sizes))
             seen += 1
-    assert seen >= 15
+    assert seen >= 35
     assert all(function["kernels"] or "note" in function for function in manifest["functions"].values())
+
+
+def _units(function: Function, sizes: Units) -> Units:
+    first, second, third = (size if i < len(function.units) else 0 for i, size in enumerate(sizes))
+    return min(first, function.limit), second, third
 
 
 def _functions(config: MoMConfig) -> dict[str, Function]:
@@ -83,9 +93,10 @@ def _functions(config: MoMConfig) -> dict[str, Function]:
 @pytest.mark.parametrize("rule", ["gated_delta", "linear"])
 def test_formulas_hold_at_sizes_that_were_not_recorded(rule: str) -> None:
     for function in _functions(tiny_config(rule, head_dim=32)).values():
-        for units in ((5, 11), (1, 77), (40, 3000), (3000, 40)):
-            units = (min(units[0], function.limit), units[1] if len(function.units) > 1 else 0)
-            table = [entry for entry in entries(function, 90) if entry.smallest <= units[0] <= entry.largest]
+        whole = entries(function, 90)
+        for sizes in ((5, 11, 300), (1, 77, 65), (40, 3000, 1), (3000, 40, 5001)):
+            units = _units(function, sizes)
+            table = [entry for entry in whole if entry.smallest <= units[0] <= entry.largest]
             calls = record(function, 90, units)
             assert [entry.variant.kernel for entry in table] == [call.kernel for call in calls]
             for entry, call in zip(table, calls, strict=True):
@@ -96,7 +107,7 @@ def test_formulas_hold_at_sizes_that_were_not_recorded(rule: str) -> None:
                         assert [axis(units) for axis in argument.shape] == list(value.shape)
                     else:
                         number = argument.value
-                        assert (number(units) if isinstance(number, Linear) else number) == value
+                        assert (number(units) if isinstance(number, Formula) else number) == value
 
 
 def test_whole_numbers_are_not_specialised() -> None:
@@ -118,12 +129,28 @@ def test_decode_takes_narrow_blocks_for_few_states() -> None:
 
 
 def test_formulas() -> None:
-    assert Linear(1, (64, 2))((3, 5)) == 203
-    assert Linear(0, (64, 0)).text(["chunks"]) == "64 * chunks" and Linear(7).text(["n"]) == 7
-    assert Linear(1, (1, 2)).text(["a", "b"]) == "a + 2 * b + 1"
-    assert Axis(0, 3, 16, 1)((0, 17)) == 3 * cdiv(17, 16) and Axis(3).text(["n"]) == 3
-    assert Axis(5, 2, 1)((7, 0)) == 19 and Axis(5, 2, 1).text(["n"]) == "2 * n + 5"
-    assert Axis(0, 1, 256).text(["tokens"]) == "ceil(tokens / 256)"
+    assert Formula(1, (64, 2, 0))((3, 5, 0)) == 203
+    assert Formula(0, (64, 0, 0)).text(["chunks"]) == "64 * chunks" and Formula(7).text(["n"]) == 7
+    assert Formula(1, (1, 2, 0)).text(["a", "b"]) == "a + 2 * b + 1"
+    assert (Formula(5, times=3, per=16, unit=1) * 2)((0, 17, 0)) == 10 + 6 * cdiv(17, 16)
+    assert Formula(0, times=1, per=256).text(["tokens"]) == "ceil(tokens / 256)"
+    assert Formula(0, times=1, each=3, per=64).text(["n"]) == "ceil(3 * n / 64)"
+    assert Formula(0, times=1, each=3, per=64)((65, 0, 0)) == 4
+    assert Formula(0, (5, 0, 0), digits=True)((3, 0, 0)) == 4
+    assert Formula(0, (5, 0, 0), digits=True).text(["n"]) == "digits(5 * n)"
+
+
+def test_formulas_are_found() -> None:
+    sizes = [(a, b, c) for a in (1, 2, 3, 7, 64, 65) for b in (1, 16, 33) for c in (1, 127, 129)]
+    for formula in (
+        Formula(3, (2, 0, 5)),
+        Formula(4, times=7, per=128, unit=2),
+        Formula(0, times=1, each=3, per=64, unit=2),
+        Formula(0, (5, 0, 0), digits=True),
+    ):
+        assert fit({units: formula(units) for units in sizes}) == formula
+    with pytest.raises(AssertionError, match="no formula"):
+        fit({units: units[0] ** 2 for units in sizes})
 
 
 def test_the_header_is_c_and_cpp(pack: Path, tmp_path: Path) -> None:
@@ -132,6 +159,58 @@ def test_the_header_is_c_and_cpp(pack: Path, tmp_path: Path) -> None:
     flags = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{pack}", "-fsyntax-only"]
     subprocess.run([_compiler(), "-x", "c", "-std=c99", *flags, str(source)], check=True)
     subprocess.run([_compiler(), "-x", "c++", "-std=c++17", *flags, str(source)], check=True)
+
+
+def test_the_header_counts_chunks(pack: Path, tmp_path: Path) -> None:
+    source = tmp_path / "chunks.c"
+    sizes = [(1, 1), (3, 1), (1, 64), (7, 4097)]
+    calls = "".join(f'    printf("%u\\n", mom_chunks({sequences}, {tokens}));\n' for sequences, tokens in sizes)
+    source.write_text(f'#include <stdio.h>\n#include "mom_kernels.h"\nint main(void) {{\n{calls}    return 0;\n}}\n')
+    subprocess.run([_compiler(), "-x", "c", f"-I{pack}", str(source), "-o", str(tmp_path / "chunks")], check=True)
+    done = subprocess.run([str(tmp_path / "chunks")], check=True, capture_output=True, text=True)
+    config = tiny_config()
+    assert [int(line) + 1 for line in done.stdout.split()] == [_chunks(config, *pair) for pair in sizes]
+
+
+def test_formulas_are_the_same_in_c(pack: Path, tmp_path: Path) -> None:
+    source, sizes = tmp_path / "formulas.cpp", (5, 77, 1001)
+    source.write_text(
+        '#include <cstdio>\n#include "mom_kernels.h"\nint main() {\n'
+        f"    const uint32_t units[3] = {{{', '.join(map(str, sizes))}}};\n"
+        "    for (uint32_t i = 0; i < mom_kernel_count; ++i) {\n"
+        "        const mom_kernel *k = &mom_kernels[i];\n"
+        '        std::printf("%s %u", k->name, k->smallest);\n'
+        '        for (int axis = 0; axis < 3; ++axis) std::printf(" %u", mom_programs(k, axis, units));\n'
+        "        for (uint32_t j = 0; j < k->num_arguments; ++j)\n"
+        '            std::printf(" %lld", static_cast<long long>(mom_amount(&k->arguments[j], units)));\n'
+        '        std::printf("\\n");\n    }\n}\n'
+    )
+    program = tmp_path / "formulas"
+    command = [_compiler(), "-std=c++17", "-Wall", "-Werror", f"-I{pack}", str(source), str(pack / "mom_launch.cpp")]
+    subprocess.run([*command, "-ldl", "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], check=True, capture_output=True, text=True)
+    expected = []
+    for function in _functions(tiny_config()).values():
+        for entry in entries(function, 90):
+            amounts = [_amount(argument, sizes) for argument in entry.arguments]
+            expected.append(" ".join(map(str, [entry.name, entry.smallest, *(f(sizes) for f in entry.grid), *amounts])))
+    assert done.stdout.splitlines() == expected
+
+
+def _amount(argument: Argument, units: Units) -> int:
+    """Bytes behind a pointer, a whole number, or 0 for a float, which has a field of its own."""
+    if argument.shape is not None:
+        item = {"fp32": 4, "bf16": 2, "i32": 4, "i64": 8}[argument.type.removeprefix("*")]
+        return item * math.prod(axis(units) for axis in argument.shape)
+    return argument.value(units) if isinstance(argument.value, Formula) else 0
+
+
+def test_the_header_names_the_functions_and_their_order(pack: Path) -> None:
+    text, manifest = (pack / "mom_kernels.h").read_text(), read_manifest(pack)
+    for name, function in manifest["functions"].items():
+        units = [*(f'"{unit}"' for unit in function["units"]), "0", "0"][:3]
+        assert f'{{"{name}", "{function["operator"]}", {{{", ".join(units)}}}}},' in text
+    assert all(f" * {line}".rstrip() in text for line in ORDER.splitlines())
 
 
 def test_the_launcher_builds_and_says_what_is_missing(pack: Path, tmp_path: Path) -> None:
@@ -179,13 +258,15 @@ def test_sizes_without_a_safe_configuration(tmp_path: Path, monkeypatch: pytest.
 
 
 def _plugin_flags() -> list[str]:
-    """Where TensorRT's and CUDA's headers lie; their licences keep them out of this repository."""
+    """Headers of TensorRT (.ci/tensorrt-headers fetches them) and of CUDA, which Triton brings."""
+    import triton
+
     folders = [os.environ.get("TENSORRT_INCLUDE"), "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu"]
     tensorrt = [folder for folder in folders if folder and (Path(folder) / "NvInferRuntime.h").is_file()]
-    cuda = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
-    if not tensorrt or not (cuda[0] / "cuda_runtime_api.h").is_file():
-        pytest.skip("needs the headers of TensorRT 10 and CUDA: set TENSORRT_INCLUDE and CUDA_HOME")
-    return ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-isystem{tensorrt[0]}", f"-isystem{cuda[0]}"]
+    cuda = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    if not tensorrt:
+        pytest.skip("needs the headers of TensorRT 10: .ci/tensorrt-headers FOLDER, TENSORRT_INCLUDE=FOLDER")
+    return ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-isystem{tensorrt[0]}", f"-isystem{cuda}"]
 
 
 def _build_plugin(pack: Path) -> Path:
@@ -233,6 +314,15 @@ def test_every_architecture(tmp_path: Path) -> None:
     _build(tmp_path / "kernels", tmp_path / "check_pack")
 
 
+PACKED = ((1, 1), (2, 150), (5, 700))
+"""Sequences and tokens of prefill."""
+
+
+def _chunks(config: MoMConfig, sequences: int, tokens: int) -> int:
+    """One more than suffices: the last one is unused."""
+    return rows_bound(tokens, config.topk, sequences, config.num_memories, config.shared_mem) // CHUNK + 1
+
+
 def model_for_gpu(**changes: object) -> MoMForCausalLM:
     sizes = {"vocab_size": 257, "hidden_size": 256, "num_heads": 4, "head_dim": 64, "num_hidden_layers": 1}
     return MoMForCausalLM(MoMConfig(**{**sizes, "num_memories": 4, "topk": 2, **changes})).bfloat16()  # type: ignore[arg-type]
@@ -258,11 +348,12 @@ def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Pat
     to_kernels(model, pack, [architecture])
     cases = []
     for function in functions(model.config, torch.bfloat16):
-        sizes = [(1, 1), (2, 3), (4, 9)] if len(function.units) > 1 else [(1, 0), (3, 0), (40, 0)]
-        cases += [(function, units) for units in sizes if entries(function, architecture)]
-    cases = [
-        case for case in cases if any(e.smallest <= case[1][0] <= e.largest for e in entries(case[0], architecture))
-    ]
+        if len(function.units) > 1:
+            sizes = [(sequences, _chunks(model.config, sequences, tokens), tokens) for sequences, tokens in PACKED]
+        else:
+            sizes = [(1, 0, 0), (3, 0, 0), (40, 0, 0)]
+        table = entries(function, architecture)
+        cases += [(function, units) for units in sizes if any(e.smallest <= units[0] <= e.largest for e in table)]
     count = write_cases(tmp_path / "cases", cases, architecture)
     program = str(_build(pack, tmp_path / "check_pack"))
     done = subprocess.run([program, str(pack), str(tmp_path / "cases")], capture_output=True, text=True)

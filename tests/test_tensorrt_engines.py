@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from models import tiny_model
 from onnx import TensorProto, helper
 
-from mom_compile import MoMForCausalLM, export
+from mom_compile import MoMConfig, MoMForCausalLM, export
+from mom_compile.demo import demo_model
 from mom_compile.export._tensorrt import require_tensorrt
 from mom_compile.export.artifact import read_manifest
 from mom_compile.export.runner import load
@@ -25,26 +27,20 @@ from mom_compile.report import relative
 pytestmark = pytest.mark.tensorrt
 tensorrt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT for RTX: make test-tensorrt installs it")
 
-FLA = Path(__file__).parent / "data" / "fla-mom-tiny"
+DATA = Path(__file__).parent / "data"
 GPUS = (86, 89, 120)
 
 
-def _model(source: str) -> MoMForCausalLM:
-    if source == "fla-mom-tiny":
-        return MoMForCausalLM.from_pretrained(FLA)
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "head_dim": 32,
-        "intermediate_size": 128,
-    }  # as the demonstration's, smaller
-    return tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, **sizes)
+def test_the_kept_checkpoint_is_the_demonstrations() -> None:
+    """What a run of ``make demo`` left, in float16. When the demonstration changes: run it, and keep its model anew."""
+    assert MoMConfig.from_dict(json.loads((DATA / "demo" / "config.json").read_text())) == demo_model()
 
 
 @pytest.fixture(
     scope="module",
     params=[
         pytest.param((source, precision), id=f"{source}-{precision}", marks=pytest.mark.xdist_group(source + precision))
-        for source in ("bytes", "fla-mom-tiny")
+        for source in ("demo", "fla-mom-tiny")
         for precision in ("float32", "float16")
     ],
 )
@@ -52,7 +48,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """An artifact: its engines built for RTX 30, 40 and 50, its graphs verified."""
     source, precision = request.param
     folder = tmp_path_factory.mktemp("engines") / "artifact"
-    report = export.to_tensorrt(_model(source), folder, precision=precision, compute_capabilities=GPUS)
+    model = MoMForCausalLM.from_pretrained(DATA / source).float()
+    report = export.to_tensorrt(model, folder, precision=precision, compute_capabilities=GPUS)
     assert report.passed, str(report)
     return folder
 
@@ -88,7 +85,7 @@ def test_the_whole_graph_is_one_partition(exported: Path) -> None:
 
 
 def test_bfloat16_and_the_touched_decode(tmp_path: Path) -> None:
-    model = tiny_model(["mamba2", "retention"], num_memories=8, topk=1)
+    model = tiny_model("mamba2", num_memories=8, topk=1, num_hidden_layers=1)
     report = export.to_tensorrt(model, tmp_path / "x", precision="bfloat16", compute_capabilities=[89])
     assert report.passed, str(report)
     manifest = read_manifest(tmp_path / "x")

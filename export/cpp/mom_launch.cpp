@@ -141,7 +141,7 @@ mom_pack *mom_open(const char *folder) {
     }
     if (!binary && !text) {
         fail("the pack must hold kernels for compute capability " + std::to_string(own) +
-             ", got none; export it again with --architectures " + std::to_string(own));
+             ", got none; export it again with --compute-capability " + std::to_string(own));
         return nullptr;
     }
     mom_pack *pack = new mom_pack;
@@ -171,17 +171,24 @@ const mom_kernel *mom_find(mom_pack *pack, const char *name, uint32_t first_unit
     return nullptr;
 }
 
-uint32_t mom_programs(const mom_kernel *kernel, int axis, const uint32_t units[2]) {
-    const mom_axis &a = kernel->grid[axis];
-    return a.base + (a.per ? a.times * ((units[a.unit] + a.per - 1) / a.per) : 0);
+int64_t mom_value(const mom_formula *formula, const uint32_t units[3]) {
+    int64_t value = formula->base;
+    for (int i = 0; i < 3; ++i) value += formula->per_unit[i] * units[i];
+    if (formula->per)
+        value += formula->times * ((formula->each * units[formula->unit] + formula->per - 1) / formula->per);
+    if (!formula->digits) return value;
+    int64_t digits = 0;
+    for (; value; value >>= 1) ++digits;
+    return digits;
 }
 
-int64_t mom_amount(const mom_argument *argument, const uint32_t units[2]) {
-    const mom_linear &a = argument->amount;
-    return a.base + a.per_unit[0] * units[0] + a.per_unit[1] * units[1];
+uint32_t mom_programs(const mom_kernel *kernel, int axis, const uint32_t units[3]) {
+    return static_cast<uint32_t>(mom_value(&kernel->grid[axis], units));
 }
 
-int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[2], const uint64_t *pointers,
+int64_t mom_amount(const mom_argument *argument, const uint32_t units[3]) { return mom_value(&argument->amount, units); }
+
+int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[3], const uint64_t *pointers,
                const mom_scalar *scalars, void *stream) {
     const Driver *cuda = driver();
     if (!cuda) return 1;
@@ -226,7 +233,7 @@ int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[2]
     return code ? fail(std::string(kernel->name) + ": " + cuda->text(code)) : 0;
 }
 
-int mom_run(mom_pack *pack, const char *function, const uint32_t units[2], const mom_buffer *buffers, uint32_t count,
+int mom_run(mom_pack *pack, const char *function, const uint32_t units[3], const mom_buffer *buffers, uint32_t count,
             void *stream) {
     const std::string prefix = std::string(function) + ".";
     bool found = false;

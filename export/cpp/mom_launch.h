@@ -1,7 +1,7 @@
 /* Launching the kernels of a pack from C or C++: nothing but libcuda.so.1, which is opened at run time.
  *
  *   mom_pack *pack = mom_open("folder");                      // a CUDA context is current
- *   uint32_t units[2] = {batch, 0};
+ *   uint32_t units[3] = {batch, 0, 0};
  *   const mom_kernel *kernel = mom_find(pack, "decode_step_gated_delta.decode_state", units[0]);
  *   uint64_t pointers[] = {q, kv, ...};                       // device addresses, in the table's order
  *   if (!kernel || mom_launch(pack, kernel, units, pointers, NULL, stream)) puts(mom_error());
@@ -18,21 +18,18 @@ extern "C" {
 
 typedef enum { MOM_POINTER = 0, MOM_INT32 = 1, MOM_FLOAT32 = 2 } mom_kind;
 
-/* base + per_unit[0] * units[0] + per_unit[1] * units[1] */
+/* base + sum of per_unit[i] * units[i], + times * ceil(each * units[unit] / per) where per is not 0; of that the number
+ * of binary digits where digits is not 0 */
 typedef struct {
-    int64_t base, per_unit[2];
-} mom_linear;
-
-/* base + times * ceil(units[unit] / per), or base where per is 0 */
-typedef struct {
-    uint32_t base, times, per, unit;
-} mom_axis;
+    int64_t base, per_unit[3], times, each;
+    uint32_t per, unit, digits;
+} mom_formula;
 
 typedef struct {
     const char *name;
     const char *type;    /* Triton's: *bf16, *fp32, *i64, i32, fp32 ... */
     mom_kind kind;
-    mom_linear amount;   /* bytes behind a pointer, or the value of a whole number, as the operator passes it */
+    mom_formula amount;  /* bytes behind a pointer, or the value of a whole number, as the operator passes it */
     float real;          /* the value of a float */
 } mom_argument;
 
@@ -43,11 +40,18 @@ typedef struct {
     const char *constants; /* compiled in */
     uint32_t architecture; /* compute capability times ten */
     uint32_t smallest, largest; /* range of units[0] */
-    mom_axis grid[3];
+    mom_formula grid[3];
     uint32_t threads, shared_bytes;
     uint32_t num_arguments, num_hidden; /* hidden: pointers after the arguments, zero */
     const mom_argument *arguments;
 } mom_kernel;
+
+/* A function is an operator: one or more kernels, named function.kernel. */
+typedef struct {
+    const char *name;
+    const char *computes; /* the operator of torch.ops.mom */
+    const char *units[3]; /* the names of its open sizes, then NULL */
+} mom_function;
 
 typedef union {
     int32_t whole;
@@ -66,13 +70,14 @@ int mom_use_device(int device);
 /* The kernel of that name for this device and first size; NULL where there is none. */
 const mom_kernel *mom_find(mom_pack *pack, const char *name, uint32_t first_unit);
 
-uint32_t mom_programs(const mom_kernel *kernel, int axis, const uint32_t units[2]);
-int64_t mom_amount(const mom_argument *argument, const uint32_t units[2]);
+int64_t mom_value(const mom_formula *formula, const uint32_t units[3]);
+uint32_t mom_programs(const mom_kernel *kernel, int axis, const uint32_t units[3]);
+int64_t mom_amount(const mom_argument *argument, const uint32_t units[3]);
 
 /* Asynchronous. pointers: one device address per pointer argument, in order. scalars: one value per other argument, in
  * order, or NULL for those of the table (contiguous tensors, one token). stream: a CUstream or cudaStream_t. 0 on
  * success. */
-int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[2], const uint64_t *pointers,
+int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[3], const uint64_t *pointers,
                const mom_scalar *scalars, void *stream);
 
 /* A buffer of a function, by the name of the arguments that it is passed as. */
@@ -82,7 +87,7 @@ typedef struct {
 } mom_buffer;
 
 /* All kernels of a function one after the other, with the table's scalars. Asynchronous; 0 on success. */
-int mom_run(mom_pack *pack, const char *function, const uint32_t units[2], const mom_buffer *buffers, uint32_t count,
+int mom_run(mom_pack *pack, const char *function, const uint32_t units[3], const mom_buffer *buffers, uint32_t count,
             void *stream);
 
 /* Copies on the device, asynchronous. 0 on success. */

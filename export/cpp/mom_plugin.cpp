@@ -146,7 +146,7 @@ public:
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const *inputs, int32_t, DynamicPluginTensorDesc const *,
                             int32_t) const noexcept override {
-        const uint32_t units[2] = {static_cast<uint32_t>(inputs[signature_.index("q")].max.d[0]), 0};
+        const uint32_t units[3] = {static_cast<uint32_t>(inputs[signature_.index("q")].max.d[0]), 0, 0};
         return static_cast<size_t>(mom_amount(signature_.scratch, units));
     }
 
@@ -157,7 +157,7 @@ public:
             log_error("MoMDecodeStep must get one token, got another length; call it once a token");
             return 1;
         }
-        const uint32_t units[2] = {static_cast<uint32_t>(batch), 0};
+        const uint32_t units[3] = {static_cast<uint32_t>(batch), 0, 0};
         for (int32_t i = 0; i < count; ++i) {
             if (bytes_of(inputs[i]) != mom_amount(signature_.inputs[i], units)) {
                 const std::string name = signature_.inputs[i]->name;
@@ -172,7 +172,7 @@ public:
                     void *const *outputs, void *workspace, cudaStream_t stream) noexcept override {
         if (!pack_) pack_ = mom_open(own_folder().c_str());
         if (!pack_) return failed();
-        const uint32_t units[2] = {static_cast<uint32_t>(descriptions[signature_.index("q")].dims.d[0]), 0};
+        const uint32_t units[3] = {static_cast<uint32_t>(descriptions[signature_.index("q")].dims.d[0]), 0, 0};
         std::vector<mom_buffer> buffers{{"y", address(workspace)}, {"o", address(outputs[0])}};
         for (size_t i = 0; i < signature_.inputs.size(); ++i)
             buffers.push_back({signature_.inputs[i]->name, address(inputs[i])});

@@ -92,11 +92,8 @@ def decode_linear(
     # Squares of float16 may overflow; float32 would need tensor cores in several passes.
     tiles = rows <= MOST_TILE_ROWS and x.dtype == torch.bfloat16
     if norm_weight is not None or not tiles and (norm or small_weight is not None):
-        value = x.new_empty(rows, features)
-        config = Config(_constants(features, small_outputs, norm))
-        programs = rows * (1 + cdiv(small_outputs, config.constants["BP"]))
-        launch(decode_prepare_kernel, (programs,), config, x, norm_weight, small_weight, value, small, eps)
-        x, norm, small_weight, small_outputs = value, False, None, 0
+        x, small = prepare(x, norm_weight, small_weight, norm, eps)
+        norm, small_weight, small_outputs = False, None, 0
     if tiles:
         config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
         y = x.new_empty(rows, outputs) if y is None else y
@@ -104,11 +101,28 @@ def decode_linear(
         launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
         return y, small
     y = cpu.product(x, weight, y, False)
-    if swiglu:
-        halves, y = y, x.new_empty(rows, outputs)
-        grid = (cdiv(y.numel(), SWIGLU_BLOCK),)
-        launch(decode_swiglu_kernel, grid, _swiglu_config(outputs), halves, y, y.numel())
-    return y, small
+    return combine_halves(y) if swiglu else y, small
+
+
+def prepare(
+    x: Tensor, norm_weight: Tensor | None, small_weight: Tensor | None, norm: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The normalised rows ``[B, F]`` and their product with ``small_weight`` ``[P, F]`` in float32, or ``[0]``."""
+    rows, features = x.shape
+    small_outputs = 0 if small_weight is None else small_weight.shape[0]
+    value = torch.empty_like(x)
+    small = x.new_empty(0) if small_weight is None else small_weight.new_empty(rows, small_outputs)
+    config = Config(_constants(features, small_outputs, norm))
+    programs = rows * (1 + cdiv(small_outputs, config.constants["BP"]))
+    launch(decode_prepare_kernel, (programs,), config, x, norm_weight, small_weight, value, small, eps)
+    return value, small
+
+
+def combine_halves(x: Tensor) -> Tensor:
+    """``SiLU(left) * right`` of rows ``[B, 2 O]``."""
+    y = x.new_empty(x.shape[0], x.shape[1] // 2)
+    launch(decode_swiglu_kernel, (cdiv(y.numel(), SWIGLU_BLOCK),), _swiglu_config(y.shape[1]), x, y, y.numel())
+    return y
 
 
 def _swiglu_config(outputs: int) -> Config:

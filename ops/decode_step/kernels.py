@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import after_previous, helper
+from .._triton_kernels import after_previous, helper, softplus
 
 
 @helper
@@ -74,16 +74,6 @@ def _activated(x, conv_state, conv_weight, source, channel, mask, WIDTH: tl.cons
     return value * tl.sigmoid(value)
 
 
-@helper
-def _softplus(x):
-    small = tl.exp(tl.minimum(x, 20.0))
-    ratio = small / (2.0 + small)
-    square = ratio * ratio
-    # The fast logarithm is only absolutely accurate near 1.
-    series = 2.0 * ratio * (1.0 + square * (1.0 / 3.0 + square * (0.2 + square * (1.0 / 7.0 + square / 9.0))))
-    return tl.where(x > 20.0, x, tl.where(small < 0.25, series, tl.log(1.0 + small)))
-
-
 @triton.jit(
     do_not_specialize=[
         "t", "tokens", "q_stride", "kv_stride", "logits_stride", "a_stride", "b_stride", "scale",
@@ -143,7 +133,7 @@ def decode_state_kernel(
         decay = 1.0 - tl.exp2(-5.0 - head)
     if GATE == 2:
         dt = tl.load(a + token * a_stride + group * HV + head).to(tl.float32)
-        dt = _softplus(dt + tl.load(dt_bias + head).to(tl.float32))
+        dt = softplus(dt + tl.load(dt_bias + head).to(tl.float32))
         decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
         if TIMES_DT:
             update *= dt

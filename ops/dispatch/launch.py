@@ -38,12 +38,20 @@ def _chunk_config(memories: int) -> Config:
 
 
 def dispatch(
-    indices: Tensor, cu_seqlens: Tensor, valid: Tensor | None, num_memories: int, shared: bool, chunk_size: int
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    valid: Tensor | None,
+    num_memories: int,
+    shared: bool,
+    chunk_size: int,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as ``mom::dispatch``; ``rows``: of the plan, whole chunks, where more are wanted than suffice."""
     tokens, topk = indices.shape
     sequences = cu_seqlens.shape[0] - 1
     memories = num_memories + int(shared)
-    rows = rows_bound(tokens, topk, sequences, num_memories, shared, chunk_size)
+    if rows is None:
+        rows = rows_bound(tokens, topk, sequences, num_memories, shared, chunk_size)
     chunks, segments = rows // chunk_size, sequences * memories
 
     def empty(*size: int) -> Tensor:

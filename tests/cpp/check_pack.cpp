@@ -2,7 +2,7 @@
 //
 //   check_pack PACK CASES
 //
-// CASES/launches.txt has a line "launch KERNEL unit0 unit1 buffers" for a kernel, or "run FUNCTION ..." for all kernels of
+// CASES/launches.txt has a line "launch KERNEL unit0 unit1 unit2 buffers" for a kernel, or "run FUNCTION ..." for all kernels of
 // a function, and per buffer a line "name input expected": raw files with its bytes before and after. Guard bands around
 // each buffer must keep their bytes.
 #include <dlfcn.h>
@@ -69,10 +69,10 @@ int main(int argc, char **argv) {
 
     std::ifstream list(folder + "/launches.txt");
     std::string kind, name;
-    uint32_t units[2];
+    uint32_t units[3];
     size_t count = 0;
     int launches = 0, wrong = 0;
-    while (list >> kind >> name >> units[0] >> units[1] >> count) {
+    while (list >> kind >> name >> units[0] >> units[1] >> units[2] >> count) {
         std::vector<std::string> names(count);
         std::vector<uint64_t> bases(count), pointers(count);
         std::vector<Bytes> expected(count);
@@ -115,7 +115,7 @@ int main(int argc, char **argv) {
             memory.free(bases[i]);
             if (const long bad = differences(got, expected[i])) {
                 ++wrong;
-                std::printf("%s [%u, %u] %s: %ld of %zu bytes differ\n", name.c_str(), units[0], units[1],
+                std::printf("%s [%u, %u, %u] %s: %ld of %zu bytes differ\n", name.c_str(), units[0], units[1], units[2],
                             names[i].c_str(), bad, expected[i].size());
             }
         }
