@@ -26,8 +26,9 @@ demo: $(STAMP)
 	$(BIN)/mom-compile demo $(DEMO_ARGS)
 
 PYTEST := $(BIN)/python -m pytest
-# One process per core (the tests themselves use one thread), a file in one process: its fixtures are shared.
-PARALLEL := -n auto --dist loadfile
+# One process per core (the tests themselves use one thread), a file in one process: its fixtures are shared. The files
+# in conftest's order.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not kernels and not tensorrt"

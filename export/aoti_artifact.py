@@ -106,8 +106,10 @@ class CompiledProgram(StateProgram):
         row = torch.arange(input_ids.shape[0], device=input_ids.device).unsqueeze(1)
         written = []
         for (layer, name), tensor in zip(self.names, past, strict=True):
+            index = present[layer]["touched_index"]
             part = present[layer]["touched_" + name.removeprefix("recurrent_")]
-            written.append(tensor.index_put((row, present[layer]["touched_index"]), part))
+            part = torch.unflatten(part, 1, (index.shape[1], tensor.shape[2]))
+            written.append(tensor.index_put((row, index), part))
         return logits, written
 
 

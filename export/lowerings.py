@@ -45,9 +45,15 @@ def _route_by_sort(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return torch.softmax(values[..., :topk], -1), indices[..., :topk]
 
 
+def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Over the last axis, divided by the root: ONNX Runtime fuses that, and not the product with its inverse."""
+    dtype, x = x.dtype, x.float()
+    assert len(normalized_shape) == 1 and weight is not None and eps is not None
+    return (x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()).to(dtype)
+
+
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dtype, x, gate = x.dtype, x.float(), gate.float()
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float() * F.silu(gate)).to(dtype)
+    return (_rms_norm(x.float(), x.shape[-1:], weight, eps) * F.silu(gate.float())).to(x.dtype)
 
 
 def _cumsum(x: Tensor, dim: int) -> Tensor:
@@ -272,6 +278,7 @@ def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
     table |= {packet.default: replacement for packet, replacement in table.items()}
+    table |= {F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm}
     if target == "tensorrt":
         table[torch.Tensor.cumsum] = _cumsum
     if target != "aoti":

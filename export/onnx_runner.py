@@ -23,10 +23,19 @@ class OnnxRunner(Runner):
         folder: the artifact.
         manifest: of the folder.
         providers: onnxruntime execution providers; None: the CPU's.
+        prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
+            holds a copy of its own. False: all sessions map the one file.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        providers: Sequence[str] | None = None,
+        prepack: bool = False,
+    ) -> None:
         super().__init__(folder, manifest)
+        self._prepack = prepack
         self._runtime = require_onnxruntime()
         self._providers = list(providers or ["CPUExecutionProvider"])
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
@@ -37,9 +46,8 @@ class OnnxRunner(Runner):
         if name not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
-            if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu:
-                # Packing would put a private copy of every weight into each session; without it all of them map the one
-                # file, and products of float32 are no slower. Those of 8 and 4 bits need it.
+            if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu and not self._prepack:
+                # Products of 8 and 4 bits need it.
                 options.add_session_config_entry("session.disable_prepacking", "1")
             try:
                 self._sessions[name] = self._create_session(name, options)

@@ -109,7 +109,7 @@ class TouchedProgram(StateProgram):
         logits, present = self.run_form(input_ids, past, None, "touched")
         names = touched_names(self.model.config)
         return logits, [
-            values[name] if name == "touched_index" else values[name].flatten(1, 2).float()
+            values[name] if name == "touched_index" else values[name].float()
             for values in present
             for name in names.values()
         ]

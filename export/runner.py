@@ -28,10 +28,10 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
 
     Args:
         directory: written by one of the ``to_*`` functions.
-        options: of the runner: ``providers`` (onnxruntime execution providers, the CPU's by default) for an ONNX
-            artifact, ``device`` (the CPU by default) for a pt2 artifact, ``device`` (what it was compiled for by
-            default) for an aoti artifact. A tensorrt artifact runs its engines on a GPU, or with ``providers`` the
-            same graphs in onnxruntime.
+        options: of the runner: ``providers`` (onnxruntime execution providers, the CPU's by default) and
+            ``prepack`` (see :class:`mom_compile.export.OnnxRunner`) for an ONNX artifact, ``device`` (the CPU by
+            default) for a pt2 artifact, ``device`` (what it was compiled for by default) for an aoti artifact. A
+            tensorrt artifact runs its engines on a GPU, or with ``providers`` the same graphs in onnxruntime.
 
     Raises:
         ValueError: the folder is damaged, edited or of another version.

@@ -57,20 +57,22 @@ def forward(
     total = count[:, :, -1:]  # [B, M', 1]
     filled = position < total  # [B, M', T]
 
-    q = _compact(layer.q_proj(x).unsqueeze(2), source)
+    # Tensors of the slots are [B, T, M', n], as the rule takes them: rows are copied into place, nothing is transposed.
+    source, filled = source.transpose(1, 2), filled.transpose(1, 2)  # [B, T, M']
+    first = torch.arange(batch, device=x.device).view(batch, 1, 1) * length
+    token = first + source
     kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1)), 2, (layer.kv_proj.shape[0], -1))
-    kv = _compact(kv, source)
-    qkv = torch.cat([q, kv], 3) * filled.unsqueeze(-1).to(x.dtype)  # [B, M', T, C]
+    # Slots without a token hold the first token's: no rank reads them, and the gates keep them out of the memories.
+    qkv = torch.cat([_rows(layer.q_proj(x), token), _group_rows(kv, token)], 3)  # [B, T, M', C]
     new_state: LayerState = {}
     if config.use_short_conv:
         qkv, new_state["conv_state"] = _convolve(layer, qkv, state, total)
-    qkv = F.silu(qkv) * filled.unsqueeze(-1).to(qkv.dtype)
-    q, k, v = qkv.split([layer.key_size, layer.key_size, layer.value_size], 3)
-    q, k = (l2_norm(torch.unflatten(part, 3, (heads, config.head_dim))) for part in (q, k))
+    qk, v = F.silu(qkv).split([2 * layer.key_size, layer.value_size], 3)
+    q, k = l2_norm(torch.unflatten(qk, 3, (2 * heads, config.head_dim))).split([heads, heads], 3)
     v = torch.unflatten(v, 3, (value_heads, config.value_dim))
 
     mask = filled.unsqueeze(-1).to(routing.weights.dtype)
-    g, beta, dt = (None if gate is None else _compact(gate, source) * mask for gate in gates)
+    g, beta, dt = (None if gate is None else _group_rows(gate, token) * mask for gate in gates)
     name = rule.name
     if rule.gate == "head":
         # Empty slots must not decay, so the constant becomes a value per token.
@@ -78,57 +80,58 @@ def forward(
         name = "mamba2"
     if dt is not None:
         v = v * dt.unsqueeze(-1).to(v.dtype)
+    elif beta is None:
+        v = v * mask.unsqueeze(-1).to(v.dtype)
     recurrent_state = None if state is None else state["recurrent_state"].flatten(1, 2)
     o, final_state = recurrent(
         name,
-        _merge(q),
-        _merge(k),
-        _merge(v),
-        None if g is None else _merge(g),
-        None if beta is None else _merge(beta),
+        q.flatten(2, 3),
+        k.flatten(2, 3),
+        v.flatten(2, 3),
+        None if g is None else g.flatten(2),
+        None if beta is None else beta.flatten(2),
         layer.scale,
         recurrent_state,
     )
     new_state["recurrent_state"] = torch.unflatten(final_state, 1, (memories, value_heads))
 
     # Back to the tokens: choice j of token t reads slot rank[t] of its memory.
-    o = torch.unflatten(o, 2, (memories, value_heads)).transpose(1, 2).flatten(3)  # [B, M', T, HV * V]
-    flat = o.flatten(1, 2)
-    back = indices * length + torch.maximum(rank.transpose(1, 2).gather(2, indices), torch.zeros_like(indices))
-    rows = flat.gather(1, back.flatten(1).unsqueeze(-1).expand(batch, back.shape[1] * back.shape[2], flat.shape[2]))
-    rows = torch.unflatten(rows, 1, (length, back.shape[2]))
+    slot = rank.transpose(1, 2).gather(2, indices)  # [B, T, k']
+    row = (first + torch.maximum(slot, torch.zeros_like(slot))) * memories + indices
+    rows = _rows(torch.unflatten(o, 2, (memories, value_heads)).flatten(3).flatten(1, 2), row)  # [B, T, k', HV * V]
     if valid is not None:
         weights = weights * valid.unsqueeze(-1).to(weights.dtype)
     o = (rows * weights.unsqueeze(-1).to(rows.dtype)).sum(2)
     return torch.unflatten(o, 2, (value_heads, config.value_dim)), new_state, routing.logits
 
 
-def _compact(x: Tensor, source: Tensor) -> Tensor:
-    """``[B, T, G, n]`` -> ``[B, M', T, n]`` by the source token of each slot; G = 1 serves every memory."""
-    memories = source.shape[1]
-    x = x.transpose(1, 2).expand(x.shape[0], memories, x.shape[1], x.shape[3])
-    return x.gather(2, source.unsqueeze(-1).expand(*source.shape, x.shape[3]))
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """``[B, P, n]`` and indices ``[B, T, m]`` into its first two axes together -> ``[B, T, m, n]``."""
+    return torch.unflatten(x.flatten(0, 1).index_select(0, index.flatten()), 0, index.shape)
 
 
-def _merge(x: Tensor) -> Tensor:
-    """``[B, M', T, h, ...]`` -> ``[B, T, M' * h, ...]``."""
-    return x.transpose(1, 2).flatten(2, 3)
+def _group_rows(x: Tensor, token: Tensor) -> Tensor:
+    """``[B, T, G, n]`` of the tokens ``[B, T, M']`` -> ``[B, T, M', n]``; G = 1 serves every memory."""
+    groups = x.shape[2]
+    index = token if groups == 1 else token * groups + torch.arange(groups, device=x.device)
+    return _rows(x.flatten(1, 2), index)
 
 
 def _convolve(
     layer: MoMAttention, x: Tensor, state: Mapping[str, Tensor] | None, total: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The convolution before its activation: x ``[B, M', T, C]`` and the new state ``[B, M', C, W-1]``."""
-    batch, memories, length, channels = x.shape
+    """The convolution before its activation: x ``[B, T, M', C]`` and the new state ``[B, M', C, W-1]``."""
+    batch, _, memories, channels = x.shape
     width = layer.config.conv_size
     if state is None:
-        history = x.new_zeros(batch, memories, channels, width - 1)
+        history = x.new_zeros(batch, memories * channels, width - 1)
     else:
-        history = state["conv_state"].to(x.dtype)
-    padded = torch.cat([history, x.transpose(2, 3)], 3)  # [B, M', C, W-1 + T]
+        history = state["conv_state"].to(x.dtype).flatten(1, 2)
+    padded = torch.cat([history, x.flatten(2).transpose(1, 2)], 2)  # [B, M' * C, W-1 + T]
     # One depthwise convolution over the channels of all memories: the batch axis stays alone, as exporters want it.
     weight = layer.conv1d.to(x.dtype).unsqueeze(1).repeat(memories, 1, 1)
-    y = F.conv1d(padded.flatten(1, 2), weight, groups=memories * channels)
+    y = F.conv1d(padded, weight, groups=memories * channels).transpose(1, 2)
     last = total + torch.arange(width - 1, device=x.device)  # [B, M', W-1]
-    new_state = padded.gather(3, last.unsqueeze(2).expand(batch, memories, channels, width - 1))
-    return torch.unflatten(y, 1, (memories, channels)).transpose(2, 3), new_state
+    last = last.unsqueeze(2).expand(batch, memories, channels, width - 1)
+    new_state = torch.unflatten(padded, 1, (memories, channels)).gather(3, last)
+    return torch.unflatten(y, 2, (memories, channels)), new_state

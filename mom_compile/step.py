@@ -89,12 +89,59 @@ def touched(
 ) -> tuple[Tensor, LayerState, Tensor | None]:
     """One token, for export: as :func:`forward`, the new state being only what the token wrote.
 
-    ``touched_index`` ``[B, k']`` int64, the selected memories; ``touched_state`` ``[B, k', HV, K, V]`` and, with a
-    convolution, ``touched_conv_state`` ``[B, k', C, W-1]``.
+    ``touched_index`` ``[B, k']`` int64, the selected memories; ``touched_state`` ``[B, k' * HV, K, V]`` and, with a
+    convolution, ``touched_conv_state`` ``[B, k' * C, W-1]``: memories and heads (channels) in one axis, as the graphs
+    carry them.
     """
     assert state is not None and valid is None
-    o, new_state, logits = _token(layer, x, dict(state), None, router_indices, touched=True)
-    return o.unsqueeze(1), new_state, logits
+    config, rule = layer.config, layer.rule
+    batch, heads, value_heads = x.shape[0], config.num_heads, config.value_heads
+    routing, gates = route_and_gate(layer, x, router_indices)
+    memory, weights = routing.indices.squeeze(1), routing.weights  # [B, k], [B, 1, k]
+    if config.shared_mem:
+        memory = F.pad(memory, (0, 1), value=config.num_memories)
+        weights = F.pad(weights, (0, 1), value=1.0)
+    choices = memory.shape[1]
+    first = torch.arange(batch, device=x.device).unsqueeze(1)
+    pool = first * config.total_memories + memory  # [B, k'] in the flattened states
+    group = first.expand_as(memory) if config.single_kv_proj else pool
+
+    # On [B, 1, D], as the other forms: exporters then keep one layout of a weight.
+    kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1)).squeeze(1), 1, (layer.kv_proj.shape[0], -1))
+    q = layer.q_proj(x).expand(batch, choices, layer.key_size)
+    qkv = torch.cat([q, _rows(kv.flatten(0, 1), group)], 2)  # [B, k', C]
+    new_state: LayerState = {"touched_index": memory}
+    if config.use_short_conv:
+        window = _rows(state["conv_state"].flatten(0, 1), pool).to(qkv.dtype)
+        window = torch.cat([window, qkv.unsqueeze(-1)], 3)
+        qkv = (window * layer.conv1d.to(qkv.dtype)).sum(3)
+        new_state["touched_conv_state"] = window[..., 1:].to(state["conv_state"].dtype).flatten(1, 2)
+    qk, v = F.silu(qkv).split([2 * layer.key_size, layer.value_size], 2)
+    q, k = l2_norm(torch.unflatten(qk, 2, (2 * heads, config.head_dim))).split([heads, heads], 2)
+    v = torch.unflatten(v, 2, (value_heads, config.value_dim))
+    g, beta, dt = (None if gate is None else _rows(gate.flatten(0, 2), group) for gate in gates)
+    name = rule.name
+    if rule.gate == "head":  # exporters know a decay per token alone
+        g, name = retention_gate(value_heads, x.device).expand(batch, choices, value_heads), "mamba2"
+    if dt is not None:
+        v = v * dt.unsqueeze(-1).to(v.dtype)
+
+    def merge(part: Tensor) -> Tensor:
+        return part.reshape(batch, 1, -1, *part.shape[3:])
+
+    o, final_state = recurrent(
+        name,
+        merge(q),
+        merge(k),
+        merge(v),
+        None if g is None else merge(g),
+        None if beta is None else merge(beta),
+        layer.scale,
+        _rows(state["recurrent_state"].flatten(0, 1), pool).flatten(1, 2),
+    )
+    new_state["touched_state"] = final_state
+    o = weights.to(o.dtype) @ o.view(batch, choices, value_heads * config.value_dim)
+    return torch.unflatten(o, 2, (value_heads, config.value_dim)), new_state, routing.logits
 
 
 def dense(
@@ -174,9 +221,8 @@ def _token(
     state: LayerState,
     valid: Tensor | None,
     router_indices: Tensor | None,
-    touched: bool = False,
 ) -> tuple[Tensor, LayerState, Tensor | None]:
-    """One token, differentiable: x ``[B, 1, D]``, valid ``[B]``, o ``[B, HV, V]``; ``touched`` as :func:`touched`."""
+    """One token, differentiable: x ``[B, 1, D]``, valid ``[B]``, o ``[B, HV, V]``."""
     config, rule = layer.config, layer.rule
     batch = x.shape[0]
     memories = config.total_memories
@@ -189,23 +235,19 @@ def _token(
     pool = torch.arange(batch, device=x.device).unsqueeze(1) * memories + memory  # [B, k'] in the flattened states
     group = torch.zeros_like(memory) if config.single_kv_proj else memory
 
-    # On [B, 1, D], as the other forms: exporters then keep one layout of a weight.
     kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1))[:, 0], 1, (layer.kv_proj.shape[0], -1))
     q = layer.q_proj(x).expand(batch, choices, layer.key_size)
     qkv = torch.cat([q, _pick(kv, group)], 2)  # [B, k', C]
-    new_state: LayerState = {"touched_index": memory} if touched else {}
+    new_state: LayerState = {}
     if config.use_short_conv:
         conv_state = state["conv_state"].flatten(0, 1)
-        window = torch.cat([_rows(conv_state, pool).to(qkv.dtype), qkv.unsqueeze(-1)], 3)
+        window = torch.cat([conv_state[pool].to(qkv.dtype), qkv.unsqueeze(-1)], 3)
         qkv = (window * layer.conv1d.to(qkv.dtype)).sum(3)
         new_window = window[..., 1:].to(conv_state.dtype)
-        if touched:
-            new_state["touched_conv_state"] = new_window
         if valid is not None:
             new_window = torch.where(valid.view(-1, 1, 1, 1), new_window, conv_state[pool])
-        if not touched:
-            conv_state = conv_state.index_put((pool,), new_window)
-            new_state["conv_state"] = torch.unflatten(conv_state, 0, (batch, memories))
+        conv_state = conv_state.index_put((pool,), new_window)
+        new_state["conv_state"] = torch.unflatten(conv_state, 0, (batch, memories))
     qkv = F.silu(qkv)
     q, k, v = qkv.flatten(0, 1).split([layer.key_size, layer.key_size, layer.value_size], 1)
     q, k = (l2_norm(torch.unflatten(part, 1, (config.num_heads, config.head_dim))).unsqueeze(1) for part in (q, k))
@@ -216,17 +258,9 @@ def _token(
     if dt is not None:
         v = v * dt.unsqueeze(-1).to(v.dtype)
     recurrent_state = state["recurrent_state"].flatten(0, 1)
-    if touched:
-        name = rule.name
-        if rule.gate == "head" and g is not None:  # exporters know a decay per token alone
-            g, name = g.expand(batch * choices, 1, config.value_heads), "mamba2"
-        picked = _rows(recurrent_state, pool).flatten(0, 1)
-        o, final_state = recurrent(name, q, k, v, g, beta, layer.scale, picked)
-        new_state["touched_state"] = torch.unflatten(final_state, 0, (batch, choices))
-    else:
-        rows = pool if valid is None else torch.where(valid.unsqueeze(1), pool, -1)
-        o, final_state = recurrent(rule.name, q, k, v, g, beta, layer.scale, recurrent_state, rows.flatten())
-        new_state["recurrent_state"] = torch.unflatten(final_state, 0, (batch, memories))
+    rows = pool if valid is None else torch.where(valid.unsqueeze(1), pool, -1)
+    o, final_state = recurrent(rule.name, q, k, v, g, beta, layer.scale, recurrent_state, rows.flatten())
+    new_state["recurrent_state"] = torch.unflatten(final_state, 0, (batch, memories))
     o = o.view(batch, choices, config.value_heads, config.value_dim)
     return (o * weights[..., None, None].to(o.dtype)).sum(1), new_state, routing.logits
 

@@ -19,6 +19,10 @@ torch.set_num_threads(1)
 torch.set_default_device(os.environ.get("MOM_TEST_DEVICE", "cpu"))
 
 
+# The stems of the files that take longest come first: a process that starts one of them last would work on alone.
+LONGEST = "onnx pt2 aoti ladder genai compile pretrained demo precision stored_state kernel_pack".split()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -65,6 +69,8 @@ def compile_cpp(tmp_path: Path) -> Callable[..., Path]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem.removeprefix("test_").removeprefix("export_"), len(rank)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -166,6 +166,7 @@ def test_ties_go_to_the_lowest_memory(target: str, tmp_path: Path) -> None:
     assert not state[0]["recurrent_state"][:, 3:6].any() and np.isfinite(step_logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), [("single-kv-no-conv", "portable"), ("gva-all-memories", "onnxruntime")])
 def test_variants(name: str, target: str, tmp_path: Path) -> None:
     rule = "delta" if target == "onnxruntime" else "mamba2"
@@ -173,7 +174,7 @@ def test_variants(name: str, target: str, tmp_path: Path) -> None:
     assert export.to_onnx(model, tmp_path / "x", target=target).passed
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS[:2], pytest.param(TARGETS[2], marks=pytest.mark.slow)])
 def test_a_checkpoint_of_flash_linear_attention(target: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -104,8 +104,13 @@ def _decoders(
             session = DecodeSession(model, batch, compile=form == "compiled")
             yield form, lambda session=session: session.step(ids)  # type: ignore[misc]
     if "onnxruntime" in forms:
-        runner = export.load(artifact)
-        for form, options in {"onnxruntime": {}, "onnxruntime, whole state": {"touched": False}}.items():
+        ways: dict[str, tuple[bool, dict[str, Any]]] = {
+            "onnxruntime": (False, {}),
+            "onnxruntime, prepacked": (True, {}),
+            "onnxruntime, whole state": (False, {"touched": False}),
+        }
+        for form, (prepack, options) in ways.items():
+            runner = export.load(artifact, prepack=prepack)
             step = runner.decode_loop(runner.init_state(batch), batch, **options)
             yield form, lambda step=step: step(ids.numpy())  # type: ignore[misc]
 
@@ -120,9 +125,10 @@ def _prefills(
         if form in forms:
             yield form, lambda function=function: function(ids, state=state)  # type: ignore[misc]
     if "onnxruntime" in forms:
-        runner = export.load(artifact)
-        empty = runner.init_state(batch)
-        yield "onnxruntime", lambda: runner(ids.numpy(), empty)
+        for form, prepack in {"onnxruntime": False, "onnxruntime, prepacked": True}.items():
+            runner = export.load(artifact, prepack=prepack)
+            empty = runner.init_state(batch)
+            yield form, lambda runner=runner, empty=empty: runner(ids.numpy(), empty)  # type: ignore[misc]
 
 
 def touched_rows(
