@@ -179,7 +179,7 @@ def late_reader(graph: Any) -> str | None:
         for view in views:
             for index in readers.get(view, ()):
                 node = graph.node[index]
-                if index not in ancestors:
+                if index not in ancestors and node.op_type != "Shape":  # which reads no values
                     return f"{node.op_type} {node.name} beside the writer of {value.name}"
                 if node.op_type in _VIEWS:
                     views += node.output
