@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from .program import (
     state_names,
     trace,
 )
+from .stored_state import check_state_dtype
 from .writing import package_versions, write_artifact
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 GRAPH = "model.onnx"
 CONFIG_FILE = "genai_config.json"
 CONTEXT_LENGTH = 1 << 20  # the state has one size: nothing in the graph bounds the length
+STATE_DTYPES = ("float32", "float16")
 # A tokenizer class that GenAI reads as byte-level BPE with the vocabulary of tokenizer.json.
 TOKENIZER_CLASS = "Qwen2Tokenizer"
 
@@ -42,6 +45,8 @@ def to_genai(
     directory: str | os.PathLike[str],
     tokenizer: str | os.PathLike[str] | None = None,
     tolerance: float = 1e-4,
+    state_dtype: str = "float32",
+    engine: bool = False,
 ) -> Report:
     """Export a folder that ``onnxruntime_genai.Model`` opens, and verify the result.
 
@@ -51,35 +56,50 @@ def to_genai(
     ``past_key_values.{i}.*``; it gives ``logits`` ``[B, T, vocab_size]`` and ``present.{i}.*``, the states at the end
     of each row's own text. It is right when past and present share one buffer.
 
+    With ``engine`` there are ``engine.onnx``, over the same weights, and ``engine_config.json``, which
+    ``onnxruntime_genai.Config.overlay`` lays over the configuration: a model for ``onnxruntime_genai.Engine``, which
+    batches requests as they come and go.
+
     Args:
         model: exported in float32; not changed.
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
         tokenizer: a byte-level BPE ``tokenizer.json``, for GenAI's own text functions. None: token ids only.
         tolerance: largest relative error of logits and states against the PyTorch model.
+        state_dtype: of the recurrent states, ``float32`` or ``float16``; the arithmetic is float32.
+        engine: also write the form for the engine.
 
     Returns:
         What was compared, with the errors; see :class:`mom_compile.report.Report`.
 
     Raises:
-        ValueError: a folder that holds something else, or an artifact that missed its tolerance (nothing is left).
+        ValueError: another state_dtype, a folder that holds something else, or an artifact that missed its tolerance
+            (nothing is left).
         ImportError: onnx, onnxscript, onnxruntime or onnxruntime-genai is missing.
     """
-    from .genai_runner import require_genai
+    from .genai_runner import ENGINE_CONFIG, ENGINE_GENAI, ENGINE_GRAPH, MIN_GENAI, require_genai
 
+    check_state_dtype(state_dtype, STATE_DTYPES)
     runtime = check_onnx_packages()
-    genai = require_genai()
+    genai = require_genai(ENGINE_GENAI if engine else MIN_GENAI)
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
-        io = save_graphs(folder, [("model", GRAPH, lambda: _graph(exact))])
+        graphs: list[tuple[str, str, Callable[[], Any]]] = [("model", GRAPH, lambda: _graph(exact, state_dtype))]
         write_json(folder / CONFIG_FILE, genai_config(exact.config))
         if tokenizer is None and exact.config.vocab_size == BYTE_VOCAB_SIZE:
             write_json(folder / TOKENIZER_FILE, byte_tokenizer_json())
         if (folder / TOKENIZER_FILE).is_file():
             write_json(folder / "tokenizer_config.json", {"tokenizer_class": TOKENIZER_CLASS})
+        if engine:
+            from .genai_engine import ENGINE_FILE, engine_config, engine_graph
+
+            graphs.append((ENGINE_GRAPH, ENGINE_FILE, lambda: engine_graph(exact, state_dtype)))
+            write_json(folder / ENGINE_CONFIG, engine_config(exact.config))
+        io = save_graphs(folder, graphs)
         return {
             "kind": "genai",
             "target": "onnxruntime",
-            "graphs": {"model": GRAPH},
+            "state_dtype": state_dtype,
+            "graphs": {name: file for name, file, _ in graphs},
             "io": io,
             "versions": {
                 **package_versions("onnx", "onnxscript"),
@@ -162,10 +182,18 @@ class GenaiProgram(StateProgram):
         # index_select, not a slice: a slice asks for a proof that S >= T.
         columns = torch.arange(length, device=input_ids.device) + (total - length)
         valid = attention_mask.index_select(1, columns) != 0
+        logits, present = self.run(input_ids, self.states(past), valid)
+        return logits, self.with_dummies(past, present)
+
+    def states(self, past: list[Tensor]) -> list[Tensor]:
+        """Without the dummies."""
+        return past if self.model.config.use_short_conv else past[1::2]
+
+    def with_dummies(self, past: list[Tensor], present: list[Tensor]) -> list[Tensor]:
+        """The new states as the graph gives them."""
         if self.model.config.use_short_conv:
-            return self.run(input_ids, past, valid)
-        logits, present = self.run(input_ids, past[1::2], valid)
-        return logits, [x for dummy, state in zip(past[::2], present, strict=True) for x in (dummy.clone(), state)]
+            return present
+        return [x for dummy, state in zip(past[::2], present, strict=True) for x in (dummy.clone(), state)]
 
 
 def genai_state_names(config: MoMConfig) -> list[tuple[int, str]]:
@@ -175,17 +203,24 @@ def genai_state_names(config: MoMConfig) -> list[tuple[int, str]]:
     return [(layer, name) for layer in range(config.num_hidden_layers) for name in ("conv_state", "recurrent_state")]
 
 
-def _graph(model: MoMForCausalLM) -> Any:
-    ids, past = example_inputs(model, EXAMPLE_BATCH, EXAMPLE_LENGTH)
+def genai_inputs(model: MoMForCausalLM, state_dtype: str) -> tuple[Tensor, list[Tensor]]:
+    """Tokens and a non-zero state, dummies included."""
+    ids, past = example_inputs(model, EXAMPLE_BATCH, EXAMPLE_LENGTH, state_dtype)
     if not model.config.use_short_conv:
         past = [x for state in past for x in (torch.zeros(EXAMPLE_BATCH, 1, 1), state)]
+    return ids, past
+
+
+def _graph(model: MoMForCausalLM, state_dtype: str) -> Any:
+    ids, past = genai_inputs(model, state_dtype)
     mask = torch.ones(EXAMPLE_BATCH, EXAMPLE_LENGTH + 5, dtype=torch.int64)
     total = torch.export.Dim("total", min=1, max=1 << 21)
     shapes = ({0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}, {0: DYNAMIC_BATCH, 1: total}, [{0: DYNAMIC_BATCH}] * len(past))
     with quiet():
-        program = trace(GenaiProgram(model, lowerings("onnxruntime", False)), (ids, mask, past), shapes)
+        program = GenaiProgram(model, lowerings("onnxruntime", False), state_dtype=state_dtype)
+        traced = trace(program, (ids, mask, past), shapes)
     names = [f"{layer}.{name}" for layer, name in genai_state_names(model.config)]
     inputs: dict[str, str | None] = {"input_ids": "sequence", "attention_mask": "total_sequence"}
     inputs |= dict.fromkeys(f"past_key_values.{name}" for name in names)
     outputs: dict[str, str | None] = {"logits": "sequence", **dict.fromkeys(f"present.{name}" for name in names)}
-    return convert(program, inputs, outputs)
+    return convert(traced, inputs, outputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +16,21 @@ from ..sampling import check_sampling
 from .onnx_runner import OnnxRunner
 from .runner import State
 
-MIN_GENAI = (0, 15)
+MIN_GENAI = (0, 15)  # knows models that have a recurrent state alone
+ENGINE_GENAI = (0, 18)  # its engine keeps recurrent states
+ENGINE_GRAPH, ENGINE_CONFIG = "engine", "engine_config.json"
+EVENTS = 64  # of the engine, taken at once
 
 
-def require_genai() -> ModuleType:
-    """onnxruntime_genai, new enough to know models that have a recurrent state alone.
+def require_genai(minimum: tuple[int, int] = MIN_GENAI) -> ModuleType:
+    """onnxruntime_genai, new enough.
 
     Raises:
         ImportError: missing or too old.
     """
     genai = require("onnxruntime_genai", "onnx")
-    if tuple(int(part) for part in genai.__version__.split(".")[:2]) < MIN_GENAI:
-        wanted = ".".join(map(str, MIN_GENAI))
+    if tuple(int(part) for part in genai.__version__.split(".")[:2]) < minimum:
+        wanted = ".".join(map(str, minimum))
         raise ImportError(
             f"onnxruntime-genai must be at least {wanted}, got {genai.__version__}; "
             f'run: pip install --upgrade "onnxruntime-genai>={wanted}"'
@@ -151,6 +154,65 @@ class GenaiRunner(OnnxRunner):
             token = np.where(done, eos, np.asarray(generator.get_next_tokens(), np.int64))
             done |= token == eos
             yield token
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether the artifact has the form for GenAI's engine."""
+        return ENGINE_GRAPH in self.manifest["graphs"]
+
+    def engine(self) -> Any:
+        """A new ``onnxruntime_genai.Engine``, which batches requests as they come and go.
+
+        Raises:
+            ValueError: the artifact has no form for it.
+            ImportError: onnxruntime-genai is missing or too old.
+        """
+        if not self.has_engine:
+            raise ValueError(f"{self.folder} must hold the form for the engine, got none; export with --engine")
+        genai = require_genai(ENGINE_GENAI)
+        config = genai.Config(str(self.folder))
+        config.overlay((self.folder / ENGINE_CONFIG).read_text(encoding="utf-8"))
+        return genai.Engine(genai.Model(config))
+
+    def generate_requests(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of prompts of any lengths, by GenAI's engine.
+
+        Args:
+            prompts: token ids of each request.
+            max_new_tokens: at most this many for each.
+
+        Returns:
+            The new tokens of each request, the end-of-text token included where it was drawn.
+
+        Raises:
+            ValueError: no engine, ids that do not fit, or a request that the engine gave up.
+        """
+        engine, genai = self.engine(), require_genai(ENGINE_GENAI)
+        flags = genai.EngineEventFlags
+        ids = [self._check_ids([list(prompt)])[0] for prompt in prompts]
+        texts: list[list[int]] = [[] for _ in ids]
+        if max_new_tokens == 0:
+            return texts
+        requests = [engine.create_request() for _ in ids]
+        for request, prompt in zip(requests, ids, strict=True):
+            options = genai.TurnOptions(request)
+            options.set_max_generated_tokens(max_new_tokens)
+            options.set_do_sample(False)
+            request.begin_turn(prompt.astype(np.int32), options)
+        buffer = engine.create_event_buffer(EVENTS)
+        eos = read_json(self.folder / "genai_config.json")["model"]["eos_token_id"]
+        while engine.has_pending_requests():
+            for event in engine.run(buffer):
+                if event.flags & flags.FAILED:
+                    raise ValueError(f"prompts must be what the engine can run, got its error {event.error_code}")
+                text = texts[requests.index(event.request)] if event.request in requests else []
+                if event.flags & flags.TOKEN:
+                    text.append(int(event.token))
+                if event.flags & flags.TURN_FINISHED:
+                    if event.finish_reason == genai.FinishReason.EOS and text[-1:] != [eos]:
+                        text.append(eos)
+                    event.request.close()  # its place in the batch becomes free
+        return texts
 
     def run_masked(self, input_ids: Any, attention_mask: Any, state: Any = None) -> tuple[Any, State]:
         """As calling the runner, with padding.

@@ -15,7 +15,7 @@ import torch
 from ..report import Check, Report, relative
 from .artifact import update_manifest
 from .runner import Runner, State, load
-from .verification import compared_check, decided_tokens, precision_of, random_tokens, state_arrays, verify
+from .verification import compared_check, decided_tokens, is_float32, random_tokens, state_arrays, verify
 
 if TYPE_CHECKING:
     from ..model import MoMForCausalLM
@@ -51,9 +51,7 @@ def verify_all(
     """
     reports = {str(folder): verify(folder, model, tolerance, text, speed=True) for folder in directories}
     runners = {folder: load(folder) for folder in reports}
-    exact = sorted(
-        (name for name in runners if precision_of(runners[name]) == "float32"), key=lambda x: _rank(runners[x])
-    )
+    exact = sorted((name for name in runners if is_float32(runners[name])), key=lambda x: _rank(runners[x]))
     if exact:
         limit = max(reports[name].tolerance for name in exact)
         check = converse([runners[name] for name in exact], model, limit, compiled)

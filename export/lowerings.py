@@ -263,7 +263,9 @@ def _rule_lowering(rule: Rule, lowering: RuleLowering) -> Lowering:
         groups = v.shape[2] // q.shape[2]
         if groups > 1:  # every value head gets a copy of its key head
             q, k = (x.unsqueeze(3).expand(*x.shape[:3], groups, x.shape[3]).flatten(2, 3) for x in (q, k))
-        return lowering(rule, q, k, v, g, beta, state, float(scale))
+        # A state of 16 bits is widened here, behind the gather of the memories that a token selected.
+        o, final_state = lowering(rule, q, k, v, g, beta, state.float(), float(scale))
+        return o, final_state.to(state.dtype)
 
     return replacement
 

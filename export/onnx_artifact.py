@@ -22,10 +22,12 @@ from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import Form
 from ._onnxruntime import require_onnxruntime
+from .calibration import round_weights
 from .lowerings import lowerings
 from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
 from .precision import TOLERANCES, check_precision, lower_precision
 from .program import export_forced, export_program, state_names, touched_names
+from .stored_state import check_state_dtype
 from .structure import describe_graph
 from .writing import package_versions, write_artifact
 
@@ -52,6 +54,7 @@ def to_onnx(
     tolerance: float | None = None,
     precision: str = "float32",
     text: TokenStream | None = None,
+    state_dtype: str = "float32",
 ) -> Report:
     """Export to ONNX with the state as explicit inputs and outputs, and verify the result.
 
@@ -62,8 +65,8 @@ def to_onnx(
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
 
     Inputs: ``input_ids`` ``[B, T]`` int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]`` and
-    ``past_key_values.{i}.recurrent_state`` ``[B, M'*HV, K, V]`` float32. Outputs: ``logits`` ``[B, T, vocab_size]`` and
-    ``present.{i}.*`` in the same shapes.
+    ``past_key_values.{i}.recurrent_state`` ``[B, M'*HV, K, V]``, float32 unless asked otherwise. Outputs: ``logits``
+    ``[B, T, vocab_size]`` and ``present.{i}.*`` in the same shapes.
 
     Args:
         model: exported in float32; not changed.
@@ -73,30 +76,34 @@ def to_onnx(
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of logits and states against the PyTorch model. None: 1e-4; below float32,
             2e-2 for the logits with the same routing. A model of random weights does not keep within that in int4.
-        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone; in int4
-            some have 8 bits). Inputs, outputs, states, the router's projection and the log decay are float32 in
-            all of them. Below float32 there is also ``prefill_forced.onnx``, a prefill that takes the routing as
-            ``router_indices.{i}`` ``[B, T, k]``, for verification.
+        precision: ``float32``, or for onnxruntime ``float16``, ``int8`` or ``int4`` (weights alone; in int4 those of k
+            and v have 4 bits, rounded on texts that the model draws, the others 8). Inputs, outputs, states, the
+            router's projection and the log decay are float32 in all of them. Below float32 there is also
+            ``prefill_forced.onnx``, a prefill that takes the routing as ``router_indices.{i}`` ``[B, T, k]``, for
+            verification.
         text: a text that the model was not trained on: its bits per byte are verified as well, and below float32 the
             logits on it in place of random tokens, on which a trained model answers noise.
+        state_dtype: of the recurrent states that the graphs take and give: ``float32``, ``float16`` or ``bfloat16``
+            (which numpy has through ml_dtypes). The arithmetic is float32 in all of them; a ``conv_state`` stays so.
 
     Returns:
         What was compared, with the errors; see :class:`mom_compile.report.Report`.
 
     Raises:
-        ValueError: an unknown target or precision, a folder that holds something else, or an artifact that missed its
-            tolerance (nothing is left behind).
+        ValueError: an unknown target, precision or state_dtype, a folder that holds something else, or an artifact that
+            missed its tolerance (nothing is left behind).
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
     check_precision(precision, target)
+    check_state_dtype(state_dtype)
     if tolerance is None:
         tolerance = TOLERANCES[precision]
     runtime = check_onnx_packages()
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
-        graphs = _write_graphs(exact, folder, target, precision)
+        graphs = _write_graphs(exact, folder, target, precision, state_dtype)
         for name, source in RUN_FILES.items():
             text = resources.files(__package__ or "").joinpath(source).read_text(encoding="utf-8")
             (folder / name).write_text(text, encoding="utf-8")
@@ -104,6 +111,7 @@ def to_onnx(
             "kind": "onnx",
             "target": target,
             "precision": precision,
+            "state_dtype": state_dtype,
             "graphs": graph_files(exact.config, target, precision),
             "io": graphs,
             "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
@@ -154,12 +162,13 @@ class _Weights:
         self._file.close()
 
 
-def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: str) -> dict[str, Any]:
+def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: str, state_dtype: str) -> dict[str, Any]:
     """The graphs and their weights; returns their description for the manifest."""
     files = graph_files(model.config, target, precision)
+    rounded = round_weights(model) if precision == "int4" else None
 
     def make(name: str) -> Any:
-        return lower_precision(_graph(model, target, name), precision)
+        return lower_precision(_graph(model, target, name, state_dtype), precision, rounded)
 
     return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
 
@@ -195,19 +204,21 @@ def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]
     return {name: describe_graph(folder / file) for name, file in files.items()}
 
 
-def standard_graph(model: MoMForCausalLM, name: str) -> Any:
+def standard_graph(model: MoMForCausalLM, name: str, state_dtype: str = "float32") -> Any:
     """A graph of standard operators alone, ``prefill`` or ``decode``, as an onnx_ir model."""
-    return _graph(model, "portable", name)
+    return _graph(model, "portable", name, state_dtype)
 
 
-def _graph(model: MoMForCausalLM, target: str, name: str) -> Any:
+def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "float32") -> Any:
     """One graph as an onnx_ir model."""
     decode, touched = name.startswith("decode"), name == TOUCHED_GRAPH
     table = lowerings(target, decode)
     with quiet():
         form: Form = "dense" if decode and target == "tensorrt" else "portable"
-        forced = name == FORCED_GRAPH
-        program = export_forced(model, table) if forced else export_program(model, decode, table, touched, form)
+        if name == FORCED_GRAPH:
+            program = export_forced(model, table, state_dtype)
+        else:
+            program = export_program(model, decode, table, touched, form, state_dtype=state_dtype)
     states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
     present = states
     if touched:

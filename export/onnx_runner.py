@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 
 from ._onnxruntime import require_onnxruntime
 from .runner import Runner, State, Step
+from .stored_state import array_dtype, ort_value
 
 TOUCHED_GRAPH = "decode_touched"
 FORCED_GRAPH = "prefill_forced"
+_DTYPES = {  # onnxruntime's name of a type -> ours
+    "tensor(int64)": "int64",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
 
 
 class OnnxRunner(Runner):
@@ -25,6 +32,9 @@ class OnnxRunner(Runner):
         providers: onnxruntime execution providers; None: the CPU's.
         prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
             holds a copy of its own. False: all sessions map the one file.
+
+    Raises:
+        ValueError: a bfloat16 state on another provider than the CPU's.
     """
 
     def __init__(
@@ -41,6 +51,11 @@ class OnnxRunner(Runner):
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
         self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
         self._sessions: dict[str, Any] = {}
+        if self._on_gpu and "bfloat16" in self._dtypes.values():
+            raise ValueError(
+                f"providers must be the CPU's for a bfloat16 state, got {self._providers}; onnxruntime puts no numpy "
+                "array of it on a device: export with state_dtype float16"
+            )
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:
@@ -89,9 +104,20 @@ class OnnxRunner(Runner):
         check_structure(self.folder, self.manifest)
 
     def _run(self, ids: NDArray[np.int64], state: State, **inputs: Any) -> tuple[Any, State]:
-        session = self._session(self._graph_name(ids.shape[1]))
-        logits, *present = session.run(self._outputs(), {**self._inputs(ids), **self._feeds(state), **inputs})
-        return logits, self._state(present)
+        return self._call(self._graph_name(ids.shape[1]), {**self._inputs(ids), **inputs}, state)
+
+    def _call(self, graph: str, inputs: Mapping[str, Any], state: State) -> tuple[Any, State]:
+        """One run of a graph into arrays of our own: numpy has no bfloat16 that onnxruntime would take or give."""
+        session, past = self._session(graph), self._feeds(state)
+        logits = np.empty((*inputs["input_ids"].shape, self.config.vocab_size), np.float32)
+        present = {name.replace("past_key_values", "present"): np.empty_like(value) for name, value in past.items()}
+        binding = session.io_binding()
+        for name, value in {**inputs, **past}.items():
+            binding.bind_ortvalue_input(name, ort_value(self._runtime, value))
+        for name, value in {"logits": logits, **present}.items():
+            binding.bind_ortvalue_output(name, ort_value(self._runtime, value))
+        session.run_with_iobinding(binding)
+        return logits, self._state(list(present.values()))
 
     def run_forced(self, input_ids: Any, router_indices: Sequence[Any], state: Any = None) -> tuple[Any, State]:
         """As calling the runner, with the routing given: what is below float32 is compared on the model's own routing.
@@ -118,9 +144,7 @@ class OnnxRunner(Runner):
                 f"{', '.join(str(layer.shape) for layer in indices)}; pass one choice per token and rank"
             )
         inputs = {f"router_indices.{layer}": value for layer, value in enumerate(indices)}
-        session, state = self._session(FORCED_GRAPH), self._check_state(len(ids), state)
-        logits, *present = session.run(self._outputs(), {"input_ids": ids, **inputs, **self._feeds(state)})
-        return logits, self._state(present)
+        return self._call(FORCED_GRAPH, {"input_ids": ids, **inputs}, self._check_state(len(ids), state))
 
     def _graph_name(self, length: int) -> str:
         return "decode" if length == 1 and "decode" in self.manifest["graphs"] else "prefill"
@@ -128,10 +152,6 @@ class OnnxRunner(Runner):
     def _inputs(self, ids: NDArray[np.int64]) -> dict[str, Any]:
         """Everything that a graph takes apart from the state."""
         return {"input_ids": ids}
-
-    def _outputs(self) -> list[str]:
-        layers = range(self.config.num_hidden_layers)
-        return ["logits", *(f"present.{layer}.{name}" for layer in layers for name in self._shapes)]
 
     def _feeds(self, state: State) -> dict[str, NDArray[Any]]:
         """The graph's inputs: memories and heads (channels) in one axis."""
@@ -199,7 +219,7 @@ class OnnxRunner(Runner):
 
     def _ort_value(self, array: NDArray[Any]) -> Any:
         """A copy on the provider's device; on the CPU the memory of the array itself."""
-        return self._runtime.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return ort_value(self._runtime, array, self._device)
 
     def decode_ways(self) -> dict[str, dict[str, Any]]:
         """As :meth:`Runner.decode_ways`."""
@@ -228,12 +248,12 @@ class OnnxRunner(Runner):
         ids = np.zeros((batch_size, 1), np.int64)
         binding = session.io_binding()
         for name, array in {"input_ids": ids, **whole}.items():
-            binding.bind_ortvalue_input(name, runtime.OrtValue.ortvalue_from_numpy(array))
+            binding.bind_ortvalue_input(name, ort_value(runtime, array))
         outputs = {}
         for value in session.get_outputs():
-            dtype = np.int64 if value.type == "tensor(int64)" else np.float32
+            dtype = array_dtype(_DTYPES[value.type])
             outputs[value.name] = np.zeros((batch_size, *value.shape[1:]), dtype)
-            binding.bind_ortvalue_output(value.name, runtime.OrtValue.ortvalue_from_numpy(outputs[value.name]))
+            binding.bind_ortvalue_output(value.name, ort_value(runtime, outputs[value.name]))
         rows = np.arange(batch_size)[:, None]
         writes = []
         for name, array in whole.items():

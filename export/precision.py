@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .calibration import Rounded
 
 # Precision -> largest relative error of the logits with the same routing. Weights of 4 bits are themselves off by 5 to
-# 10 %, which random weights pass on undiminished: only a trained model keeps within it.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-2, "int4": 2e-2}
+# 10 %, which random weights pass on: only a trained model keeps within it.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2, "int4": 2e-2}
+ONNXRUNTIME = ("float32", "float16", "int8", "int4")
 # Precision -> largest share by which it may raise the bits per byte of a held-out text.
 BITS_PER_BYTE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-3, "int8": 1e-2, "int4": 4e-2}
-# Precision -> smallest share of choices in common with the model when both run free, and the largest margin of one that
-# differs. Weights of 4 bits reached 98.9 % over 512 tokens and 99.4 % (2.1e-2) over 8192 of a trained model's text.
-ROUTING = {"float16": (0.995, 1e-2), "bfloat16": (0.995, 1e-2), "int8": (0.995, 1e-2), "int4": (0.985, 5e-2)}
+# Below float32 and both running free: the smallest share of choices in common with the model, and a bound on its margin
+# (a difference of probabilities) where they differ.
+ROUTING_AGREEMENT, ROUTING_MARGIN = 0.995, 1e-2
 BLOCK_SIZE = 16  # weights that share a scale and a zero point
 # Sums of squares overflow float16; the memory rule, its state and its decay stay float32.
 _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
@@ -22,19 +30,19 @@ _FLOAT32_OPERATORS = ("LinearAttention", "Pow", "ReduceMean", "ReduceSum", "Sqrt
 
 def check_precision(precision: str, target: str) -> None:
     """Raise ValueError for an unknown precision, or one that the target does not have."""
-    if precision not in TOLERANCES:
-        raise ValueError(f"precision must be one of {', '.join(TOLERANCES)}, got {precision!r}; choose one of them")
+    if precision not in ONNXRUNTIME:
+        raise ValueError(f"precision must be one of {', '.join(ONNXRUNTIME)}, got {precision!r}; choose one of them")
     if precision != "float32" and target != "onnxruntime":
         raise ValueError(
             f"precision must be float32 for target {target}, got {precision!r}; use target onnxruntime for {precision}"
         )
 
 
-def lower_precision(model: Any, precision: str) -> Any:
+def lower_precision(model: Any, precision: str, rounded: Mapping[bytes, Rounded] | None = None) -> Any:
     """An onnx_ir model in another precision; the router's and the decay's path stays float32, as do inputs and outputs.
 
-    float16: weights and activations. int8, int4: the weights of matrix products alone, in blocks of 16; with int4 those
-    whose result is added to the residual stream or is the logits have 8 bits, for nothing evens out their errors.
+    float16: weights and activations. int8: the weights of matrix products alone, in blocks of 16. int4: those among
+    them that are ``rounded`` in 4 bits, see :func:`mom_compile.export.calibration.round_weights`, the others in 8.
     """
     import onnx_ir as ir
 
@@ -60,9 +68,9 @@ def lower_precision(model: Any, precision: str) -> Any:
         proto = convert_float_to_float16(proto, keep_io_types=True, op_block_list=operators, node_block_list=kept)
         _join_float32(proto.graph, floats, kept, operators)
     else:
-        bits = int(precision.removeprefix("int"))
-        proto = _quantize(proto, bits, [*router, *_residual_products(proto.graph)])
-        proto = _quantize(proto, max(bits, 8), router)
+        if precision == "int4":
+            proto = _place(proto, {} if rounded is None else rounded)
+        proto = _quantize(proto, 8, router)
     del proto.graph.value_info[:]  # float16's are partly wrong; a runtime infers them
     result = ir.from_proto(proto)
     result.graph.sort()  # the tools append their nodes at the end
@@ -104,10 +112,41 @@ def _join_float32(
                 del node.attribute[:]
 
 
-def _residual_products(graph: Any) -> list[str]:
-    """Names of the products whose result is added to something, or is the logits."""
-    added = {"logits", *(name for node in graph.node if node.op_type == "Add" for name in node.input)}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.output[0] in added]
+def _place(proto: Any, rounded: Mapping[bytes, Rounded]) -> Any:
+    """Products of weights that are rounded, in 4 bits: the quantizer's nodes, with the levels that were chosen."""
+    from onnx import numpy_helper
+
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    found: dict[str, Rounded] = {}
+    for node in proto.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            key = hashlib.sha256(numpy_helper.to_array(weights[node.input[1]]).tobytes()).digest()
+            if key in rounded:
+                found[node.name] = rounded[key]
+    proto = _quantize(proto, 4, [node.name for node in proto.graph.node if node.name not in found])
+    places = {node.name.removesuffix("_Q4"): node for node in proto.graph.node if node.op_type == "MatMulNBits"}
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for name, value in found.items():
+        for target, array in zip(places[name].input[1:4], _packed(value), strict=True):
+            expected = tuple(tensors[target].dims)
+            tensors[target].CopyFrom(numpy_helper.from_array(array.reshape(expected), target))
+    return proto
+
+
+def _packed(value: Rounded) -> tuple[NDArray[Any], ...]:
+    """Levels, scales and zero points as MatMulNBits reads them: by column of the weight, two levels a byte."""
+    padding = -len(value.levels) % BLOCK_SIZE
+    return (
+        _nibbles(np.pad(value.levels, ((0, padding), (0, 0))).T),
+        value.scales.T.astype(np.float32),
+        _nibbles(value.zero_points.T),
+    )
+
+
+def _nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pairs along the last axis, the first in the low half."""
+    values = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
+    return (values[:, ::2] | (values[:, 1::2] << 4)).astype(np.uint8)
 
 
 def _norm_additions(graph: Any) -> Iterator[str]:

@@ -53,17 +53,27 @@ class StateProgram(nn.Module):
     """``forward(input_ids, past) -> (logits, present)`` over a form of the layers; ``past`` is a flat list of tensors.
 
     ``lowerings``: operator -> replacement. Replacing them while the model is traced spares a pass over the program.
-    Logits and states come out in float32, whatever the model computes in.
+    Logits and states come out in float32, whatever the model computes in; the recurrent states in ``state_dtype``.
     """
 
     def __init__(
-        self, model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]], form: Form = "portable"
+        self,
+        model: MoMForCausalLM,
+        lowerings: Mapping[Any, Callable[..., Any]],
+        form: Form = "portable",
+        state_dtype: str = "float32",
     ) -> None:
         super().__init__()
         self.model = model
         self.names = state_names(model.config)
         self.lowerings = lowerings
         self.form: Form = form
+        self.state_dtype: torch.dtype = getattr(torch, state_dtype)
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """A new state, memories and heads (channels) in one axis, in the dtype in which the graph gives it."""
+        dtype = self.state_dtype if name in ("recurrent_state", "touched_state") else torch.float32
+        return value.to(dtype)
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """input_ids ``[B, T]``, past as :func:`flat_shapes`; logits ``[B, T, vocab_size]``."""
@@ -78,7 +88,7 @@ class StateProgram(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """:meth:`forward` with an optional mask ``[B, T]``, and optional choices ``[B, T, k]`` per layer."""
         logits, present = self.run_form(input_ids, past, valid, self.form, router_indices)
-        return logits, [present[layer][name].flatten(1, 2).float() for layer, name in self.names]
+        return logits, [self.stored(name, present[layer][name].flatten(1, 2)) for layer, name in self.names]
 
     def run_form(
         self,
@@ -89,16 +99,24 @@ class StateProgram(nn.Module):
         router_indices: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Sequence[Mapping[str, Tensor]]]:
         """The model in one of its forms, with the lowerings; the states as the form gives them."""
+        with self.lowered():
+            out = self.model(
+                input_ids, state=self.state(past), attention_mask=valid, router_indices=router_indices, form=form
+            )
+        assert out.logits is not None
+        return out.logits.float(), out.state
+
+    def lowered(self) -> _Replace:
+        """A context in which the lowerings replace the operators."""
+        return _Replace(self.lowerings)
+
+    def state(self, past: list[Tensor]) -> tuple[dict[str, Tensor], ...]:
+        """The model's state from the graph's inputs."""
         memories = self.model.config.total_memories
         state: list[dict[str, Tensor]] = [{} for _ in range(self.model.config.num_hidden_layers)]
         for (layer, name), tensor in zip(self.names, past, strict=True):
             state[layer][name] = tensor.unflatten(1, (memories, -1))
-        with _Replace(self.lowerings):
-            out = self.model(
-                input_ids, state=tuple(state), attention_mask=valid, router_indices=router_indices, form=form
-            )
-        assert out.logits is not None
-        return out.logits.float(), out.state
+        return tuple(state)
 
 
 class TouchedProgram(StateProgram):
@@ -109,7 +127,7 @@ class TouchedProgram(StateProgram):
         logits, present = self.run_form(input_ids, past, None, "touched")
         names = touched_names(self.model.config)
         return logits, [
-            values[name] if name == "touched_index" else values[name].float()
+            values[name] if name == "touched_index" else self.stored(name, values[name])
             for values in present
             for name in names.values()
         ]
@@ -125,13 +143,16 @@ class ForcedProgram(StateProgram):
         return self.run(input_ids, past, None, router_indices)
 
 
-def example_inputs(model: MoMForCausalLM, batch: int, length: int) -> tuple[Tensor, list[Tensor]]:
+def example_inputs(
+    model: MoMForCausalLM, batch: int, length: int, state_dtype: str = "float32"
+) -> tuple[Tensor, list[Tensor]]:
     """Tokens and a non-zero state."""
     config = model.config
     weight = model.lm_head.weight
     ids = torch.arange(batch * length, device=weight.device).view(batch, length) % config.vocab_size
     shapes = flat_shapes(config, batch)
-    past = [torch.full(shapes[name], 0.01, device=weight.device) for _, name in state_names(config)]
+    dtypes = {"conv_state": torch.float32, "recurrent_state": getattr(torch, state_dtype)}
+    past = [torch.full(shapes[name], 0.01, dtype=dtypes[name], device=weight.device) for _, name in state_names(config)]
     return ids, past
 
 
@@ -151,33 +172,37 @@ def export_program(
     touched: bool = False,
     form: Form = "portable",
     example_length: int = EXAMPLE_LENGTH,
+    state_dtype: str = "float32",
 ) -> torch.export.ExportedProgram:
     """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram.
 
     ``touched``: the decode program that gives only the touched part of the state, see TouchedProgram. ``form``: of the
-    layers otherwise. ``example_length``: tokens that prefill is traced with.
+    layers otherwise. ``example_length``: tokens that prefill is traced with. ``state_dtype``: of the recurrent states.
 
     Raises:
         ValueError: an example that fits one chunk.
     """
     check_example_length(example_length)
-    ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else example_length)
+    ids, past = example_inputs(model, EXAMPLE_BATCH, 1 if decode else example_length, state_dtype)
     ids_shape: dict[int, Any] = {0: DYNAMIC_BATCH} if decode else {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
     shapes = (ids_shape, [{0: DYNAMIC_BATCH}] * len(past))
     program = TouchedProgram if touched else StateProgram
-    return trace(program(model.eval(), lowerings, form), (ids, past), shapes)
+    return trace(program(model.eval(), lowerings, form, state_dtype), (ids, past), shapes)
 
 
-def export_forced(model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]]) -> torch.export.ExportedProgram:
+def export_forced(
+    model: MoMForCausalLM, lowerings: Mapping[Any, Callable[..., Any]], state_dtype: str = "float32"
+) -> torch.export.ExportedProgram:
     """The torch.export program of a prefill whose routing is given, see ForcedProgram."""
     config = model.config
-    ids, past = example_inputs(model, EXAMPLE_BATCH, EXAMPLE_LENGTH)
+    ids, past = example_inputs(model, EXAMPLE_BATCH, EXAMPLE_LENGTH, state_dtype)
     chosen = torch.arange(config.topk, device=ids.device).expand(*ids.shape, config.topk).contiguous()
     # Tensors of their own: the exporter takes equal objects for one input.
     indices = [chosen.clone() for _ in range(config.num_hidden_layers)]
     tokens = {0: DYNAMIC_BATCH, 1: DYNAMIC_LENGTH}
     shapes = (tokens, [tokens] * len(indices), [{0: DYNAMIC_BATCH}] * len(past))
-    return trace(ForcedProgram(model.eval(), lowerings), (ids, indices, past), shapes)
+    program = ForcedProgram(model.eval(), lowerings, state_dtype=state_dtype)
+    return trace(program, (ids, indices, past), shapes)
 
 
 def trace(program: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:

@@ -4,11 +4,21 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime import OrtValue
 
 FOLDER = Path(__file__).parent
+
+
+def zeros(entry: dict[str, Any]) -> OrtValue:
+    """An empty state. numpy has no bfloat16: its zeros are those of any type of its size."""
+    shape = (1, entry["shape"][0] * entry["shape"][1], *entry["shape"][2:])
+    if entry["dtype"] == "bfloat16":
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), 16)
+    return OrtValue.ortvalue_from_numpy(np.zeros(shape, entry["dtype"]))
 
 
 def main() -> None:
@@ -37,18 +47,18 @@ def main() -> None:
             return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     state = {
-        f"past_key_values.{layer}.{entry['name']}": np.zeros(
-            (1, entry["shape"][0] * entry["shape"][1], *entry["shape"][2:]), np.float32
-        )
+        f"past_key_values.{layer}.{entry['name']}": zeros(entry)
         for layer in range(manifest["config"]["num_hidden_layers"])
         for entry in manifest["state"]
     }
+    names = ["logits", *(name.replace("past_key_values", "present") for name in state)]
     tokens, done = np.array([ids], np.int64), list(ids)
     for _ in range(args.max_new_tokens):
         session = sessions["decode" if tokens.shape[1] == 1 else "prefill"]
-        logits, *present = session.run(None, {"input_ids": tokens, **state})
-        state = dict(zip(state, present))  # noqa: B905 the outputs come in the order of the inputs
-        tokens = logits[:, -1:].argmax(-1)
+        inputs = {"input_ids": OrtValue.ortvalue_from_numpy(tokens), **state}
+        logits, *present = session.run_with_ort_values(names, inputs)
+        state = dict(zip(state, present))  # noqa: B905 the outputs come in the order of their names
+        tokens = logits.numpy()[:, -1:].argmax(-1)
         if tokens[0, 0] == manifest["config"]["eos_token_id"]:
             break
         done.append(int(tokens[0, 0]))

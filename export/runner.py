@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..config import MoMConfig
 from ..sampling import check_sampling, sample
 from .artifact import read_manifest
+from .stored_state import array_dtype
 
 LayerState = dict[str, Any]
 State = tuple[LayerState, ...]
@@ -20,6 +21,8 @@ Step = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 PREFILL_TOKENS = 4096
 """Tokens of one prefill call; longer prompts go through in pieces."""
+STORED = ("float32", "float16", "bfloat16")
+"""Dtypes of a state that a runner converts to its own; 16 bits are rounded to."""
 KINDS = ("onnx", "pt2", "genai", "aoti", "tensorrt")
 
 
@@ -95,10 +98,11 @@ class Runner:
         Args:
             input_ids: ``[B, T]`` integers in [0, vocab_size), T >= 1.
             state: from :meth:`init_state` or an earlier call, of this runner, another one or the PyTorch model; None
-                for an empty one. Never modified.
+                for an empty one. Never modified; float32, float16 and bfloat16 are converted to the manifest's dtype.
 
         Returns:
-            logits ``[B, T, vocab_size]`` float32 and the new state: arrays, or tensors from a pt2 artifact.
+            logits ``[B, T, vocab_size]`` float32 and the new state in the manifest's dtypes: arrays, or tensors from a
+            pt2 artifact.
 
         Raises:
             ValueError: shapes, dtypes or values that do not fit.
@@ -122,11 +126,17 @@ class Runner:
         raise NotImplementedError
 
     def _zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return np.zeros(shape, dtype)
+        return np.zeros(shape, array_dtype(dtype))
 
     def _value(self, value: Any) -> Any:
         """A state entry as this runner's own kind of array."""
+        if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which numpy cannot read
+            value = value.float()
         return np.asarray(value)
+
+    def _convert(self, value: Any, dtype: str) -> Any:
+        """A state entry of this runner's kind in another dtype."""
+        return value.astype(array_dtype(dtype))
 
     def _check_ids(self, input_ids: Any) -> NDArray[np.int64]:
         ids = np.asarray(input_ids)
@@ -168,10 +178,12 @@ class Runner:
                         "pass a state of this model and batch size"
                     )
                 dtype = str(value.dtype).removeprefix("torch.")
-                if dtype != self._dtypes[name]:
+                if dtype not in STORED:
                     raise ValueError(
-                        f"state[{layer}][{name!r}] must be {self._dtypes[name]}, got {dtype}; convert it first"
+                        f"state[{layer}][{name!r}] must be one of {', '.join(STORED)}, got {dtype}; convert it first"
                     )
+                if dtype != self._dtypes[name]:
+                    checked[-1][name] = self._convert(value, self._dtypes[name])
         return tuple(checked)
 
     def generate(

@@ -9,7 +9,14 @@ from typing import Any
 
 from .._extras import require
 from ..config import MoMConfig
+from .stored_state import state_dtype_of
 
+ENGINE_PAGE = (256, 1, 8)  # block size, heads and head size of the layer that GenAI's engine wants beside ours
+ENGINE_INPUTS = {
+    "cumulative_sequence_lengths": ["batch_size_plus_1"],
+    "past_sequence_lengths": ["batch_size"],
+    "block_table": ["batch_size", "max_num_blocks"],
+}
 STANDARD_DOMAINS = ("", "ai.onnx")
 TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
@@ -33,7 +40,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
 
 
 def expected_io(
-    config: MoMConfig, shapes: Mapping[str, tuple[int, ...]], graph: str
+    config: MoMConfig, shapes: Mapping[str, tuple[int, ...]], graph: str, state_dtype: str = "float32"
 ) -> dict[str, list[dict[str, Any]]]:
     """The inputs and outputs of the design's contract: tokens and the past state in, logits and the present state out.
 
@@ -41,19 +48,21 @@ def expected_io(
         config: of the model.
         shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
         graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone,
-            ``prefill_forced``, which takes the routing, or GenAI's ``model``, which has an attention mask and always a
-            ``conv_state``.
+            ``prefill_forced``, which takes the routing, GenAI's ``model``, which has an attention mask and always a
+            ``conv_state``, or its ``engine``, which takes packed tokens and a paged cache.
+        state_dtype: of the recurrent states.
     """
     length: int | str = 1 if graph.startswith("decode") else "sequence"
+    dtypes = {"touched_index": "int64", "recurrent_state": state_dtype, "touched_state": state_dtype}
     flat = {name: (shape[0] * shape[1], *shape[2:]) for name, shape in shapes.items()}
-    if graph == "model":
+    if graph in ("model", "engine"):
         flat = {"conv_state": (1, 1), **flat}
 
     def state(prefix: str, entries: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
         return [
             {
                 "name": f"{prefix}.{layer}.{name}",
-                "dtype": "int64" if name == "touched_index" else "float32",
+                "dtype": dtypes.get(name, "float32"),
                 "shape": ["batch", *shape],
             }
             for layer in range(config.num_hidden_layers)
@@ -76,11 +85,23 @@ def expected_io(
         ]
     if graph == "model":
         inputs.append({"name": "attention_mask", "dtype": "int64", "shape": ["batch", "total_sequence"]})
+    logits: list[int | str] = ["batch", length, config.vocab_size]
+    pages: dict[str, list[dict[str, Any]]] = {"past_key_values": [], "present": []}
+    if graph == "engine":
+        inputs = [{"name": "input_ids", "dtype": "int64", "shape": ["num_tokens"]}]
+        for name, shape in ENGINE_INPUTS.items():
+            inputs.append({"name": name, "dtype": "int32", "shape": shape})
+        logits = ["batch_size", config.vocab_size]
+        for prefix, values in pages.items():
+            for name in ("key", "value"):
+                page = {"dtype": "float32", "shape": ["num_blocks", *ENGINE_PAGE]}
+                values.append({"name": f"{prefix}.{config.num_hidden_layers}.{name}", **page})
     return {
-        "inputs": inputs + state("past_key_values", flat),
+        "inputs": inputs + state("past_key_values", flat) + pages["past_key_values"],
         "outputs": [
-            {"name": "logits", "dtype": "float32", "shape": ["batch", length, config.vocab_size]},
+            {"name": "logits", "dtype": "float32", "shape": logits},
             *state("present", present),
+            *pages["present"],
         ],
     }
 
@@ -103,7 +124,7 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
         except Exception as error:
             raise ValueError(f"{file} must pass the ONNX checker, got {str(error).strip()[:500]}") from error
         description = describe_graph(path)
-        expected = expected_io(config, shapes, name)
+        expected = expected_io(config, shapes, name, state_dtype_of(manifest))
         for side in ("inputs", "outputs"):
             for want, got in zip(expected[side], description[side], strict=False):
                 if want != got:
@@ -158,7 +179,7 @@ def late_reader(graph: Any) -> str | None:
         for view in views:
             for index in readers.get(view, ()):
                 node = graph.node[index]
-                if index not in ancestors:
+                if index not in ancestors and node.op_type != "Shape":  # which reads no values
                     return f"{node.op_type} {node.name} beside the writer of {value.name}"
                 if node.op_type in _VIEWS:
                     views += node.output

@@ -206,6 +206,9 @@ class TensorRTRunner(Runner):
     def _value(self, value: Any) -> Any:
         return self._torch.as_tensor(value, device=self.device)
 
+    def _convert(self, value: Any, dtype: str) -> Any:
+        return value.to(getattr(self._torch, dtype))
+
     def _check_ids(self, input_ids: Any) -> NDArray[np.int64]:
         return super()._check_ids(input_ids.cpu() if isinstance(input_ids, self._torch.Tensor) else input_ids)
 

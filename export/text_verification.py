@@ -17,7 +17,8 @@ from ..evaluate import bits_per_byte, evaluate, rows
 from ..report import Check
 from .precision import BITS_PER_BYTE
 from .runner import Runner
-from .verification import random_tokens
+from .stored_state import state_dtype_of
+from .verification import precision_of, random_tokens
 
 if TYPE_CHECKING:
     from ..model import MoMForCausalLM
@@ -49,11 +50,11 @@ class HeldOut:
         return ids[(starts + np.arange(length)) % len(ids)]
 
 
-def bits_per_byte_check(runner: Runner, text: HeldOut, precision: str) -> Check:
+def bits_per_byte_check(runner: Runner, text: HeldOut) -> Check:
     """Bits per byte of the artifact against the model's, over the same rows; lower is never wrong."""
     actual = runner_bits_per_byte(runner, text.stream)
     worse = actual / text.reference - 1
-    limit = BITS_PER_BYTE[precision]
+    limit = max(BITS_PER_BYTE[precision_of(runner)], BITS_PER_BYTE[state_dtype_of(runner.manifest)])
     note = f"{actual:.4f} against {text.reference:.4f}, at most {limit:+.1%}"
     return Check("bits per byte", None, worse <= limit, note, f"{worse:+.3%}")
 

@@ -26,7 +26,12 @@ class TorchRunner(Runner):
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def _value(self, value: Any) -> torch.Tensor:
+        if str(getattr(value, "dtype", "")) == "bfloat16":  # numpy's, of ml_dtypes, which torch cannot read
+            value = value.astype(np.float32)
         return torch.as_tensor(value, device=self.device)
+
+    def _convert(self, value: torch.Tensor, dtype: str) -> torch.Tensor:
+        return value.to(getattr(torch, dtype))
 
     def _check_ids(self, input_ids: Any) -> NDArray[np.int64]:
         return super()._check_ids(input_ids.cpu() if isinstance(input_ids, torch.Tensor) else input_ids)

@@ -11,6 +11,7 @@ from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from .onnx_artifact import check_onnx_packages, save_graphs, standard_graph
 from .program import flat_shapes, state_names
+from .stored_state import check_state_dtype
 from .writing import package_versions, write_artifact
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 REPOSITORY, MODEL_NAME, CONFIG_FILE = "models", "mom", "config.pbtxt"
 MODEL_FILE = f"{REPOSITORY}/{MODEL_NAME}/1/model.onnx"
+STATE_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 MAX_BATCH, MAX_SEQUENCES, IDLE_SECONDS = 64, 1024, 600
 
 _README = """# A MoM language model for the Triton Inference Server
@@ -42,6 +44,7 @@ def to_triton_server(
     directory: str | os.PathLike[str],
     tokenizer: str | os.PathLike[str] | None = None,
     tolerance: float = 1e-4,
+    state_dtype: str = "float32",
 ) -> Report:
     """Export to a model repository for the Triton Inference Server, and verify its graph in onnxruntime.
 
@@ -54,31 +57,34 @@ def to_triton_server(
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
         tokenizer: a ``tokenizer.json`` to put into the folder. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of logits and states against the PyTorch model.
+        state_dtype: of the recurrent states, ``float32`` or ``float16``; the arithmetic is float32.
 
     Returns:
         What was compared, with the errors; see :class:`mom_compile.report.Report`.
 
     Raises:
-        ValueError: a folder that holds something else, or an artifact that missed its tolerance (nothing is left).
+        ValueError: another state_dtype, a folder that holds something else, or an artifact that missed its tolerance
+            (nothing is left).
         ImportError: onnx, onnxscript or onnxruntime is missing.
 
     Source: the server's model configuration, sequence batcher and implicit state management.
     """
+    check_state_dtype(state_dtype, tuple(STATE_TYPES))
     runtime = check_onnx_packages()
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
         config, path = exact.config, folder / MODEL_FILE
         path.parent.mkdir(parents=True)
-        io = save_graphs(path.parent, [("prefill", path.name, lambda: standard_graph(exact, "prefill"))])
-        (path.parent.parent / CONFIG_FILE).write_text(server_config(config), encoding="utf-8")
-        shapes = flat_shapes(config, 1).values()
-        elements = config.num_hidden_layers * sum(math.prod(shape) for shape in shapes)
+        io = save_graphs(path.parent, [("prefill", path.name, lambda: standard_graph(exact, "prefill", state_dtype))])
+        (path.parent.parent / CONFIG_FILE).write_text(server_config(config, state_dtype), encoding="utf-8")
+        width = {"recurrent_state": 2 if state_dtype == "float16" else 4}
+        layer_bytes = sum(math.prod(shape) * width.get(name, 4) for name, shape in flat_shapes(config, 1).items())
         readme = _README.format(
             repository=REPOSITORY,
             config=f"{REPOSITORY}/{MODEL_NAME}/{CONFIG_FILE}",
             model=MODEL_NAME,
             vocab_size=config.vocab_size,
-            state_kib=4 * elements / 2**10,
+            state_kib=config.num_hidden_layers * layer_bytes / 2**10,
             sequences=MAX_SEQUENCES,
             idle=IDLE_SECONDS,
             opset=io["prefill"]["opsets"]["ai.onnx"],
@@ -88,6 +94,7 @@ def to_triton_server(
         return {
             "kind": "onnx",
             "target": "triton-server",
+            "state_dtype": state_dtype,
             "graphs": {"prefill": MODEL_FILE},
             "io": io,
             "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
@@ -96,10 +103,11 @@ def to_triton_server(
     return write_artifact(model, directory, tokenizer, tolerance, write_files)
 
 
-def server_config(config: MoMConfig) -> str:
+def server_config(config: MoMConfig, state_dtype: str) -> str:
     """The text of config.pbtxt. The first axis of every tensor is the server's batch, so no shape names it."""
+    types = {"conv_state": "TYPE_FP32", "recurrent_state": STATE_TYPES[state_dtype]}
     states = "".join(
-        _STATE.format(layer=layer, name=name, dims=_dims(flat_shapes(config, 1)[name][1:]))
+        _STATE.format(layer=layer, name=name, type=types[name], dims=_dims(flat_shapes(config, 1)[name][1:]))
         for layer, name in state_names(config)
     )
     return (
@@ -114,9 +122,9 @@ def server_config(config: MoMConfig) -> str:
 _STATE = """  state {{
     input_name: "past_key_values.{layer}.{name}"
     output_name: "present.{layer}.{name}"
-    data_type: TYPE_FP32
+    data_type: {type}
     dims: [ {dims} ]
-    initial_state {{ name: "zeros" data_type: TYPE_FP32 dims: [ {dims} ] zero_data: true }}
+    initial_state {{ name: "zeros" data_type: {type} dims: [ {dims} ] zero_data: true }}
   }}
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..config import MoMConfig
 from ..report import Check, Report, relative
 from .artifact import read_manifest
 from .runner import Runner, State, load
+from .stored_state import ROUNDING, state_dtype_of
 
 if TYPE_CHECKING:
     from ..model import MoMForCausalLM
@@ -74,12 +76,12 @@ def verify_folder(
     runner = _open(folder)
     checks = [_structure(runner), _recorded(folder, runner, tolerance)]
     if model is not None:
-        if precision_of(runner) != "float32":
+        if is_float32(runner):
+            checks += _against_model(runner, model, tolerance)
+        else:
             from .precision_verification import precision_checks
 
             checks += precision_checks(runner, model, tolerance, text)
-        else:
-            checks += _against_model(runner, model, tolerance)
         if runner.manifest["kind"] == "genai":
             from .genai_verification import genai_checks
 
@@ -87,7 +89,7 @@ def verify_folder(
         if text is not None:
             from .text_verification import bits_per_byte_check
 
-            checks.append(bits_per_byte_check(runner, text, precision_of(runner)))
+            checks.append(bits_per_byte_check(runner, text))
         if speed:
             from .text_verification import speed_checks
 
@@ -151,10 +153,10 @@ def _recorded(folder: Path, runner: Runner, tolerance: float) -> Check:
         logits, _ = runner.run_forced(ids, forced)  # type: ignore[attr-defined]
         error = relative(logits[:, positions, : expected.shape[2]], expected)
         return Check(name, error, error <= tolerance, "with its routing")
-    logits, state = runner(ids[:, :100])
-    pieces = [np.asarray(logits)]
-    for start in (100, 101, 102):  # two decode steps, then the rest as a second prefill
-        stop = start + 1 if start < 102 else ids.shape[1]
+    # Two decode steps after a prefill, then the rest as a second prefill; one piece where the state between is rounded.
+    cuts = (0, 100, 101, 102, ids.shape[1]) if is_float32(runner) else (0, ids.shape[1])
+    pieces, state = [], None
+    for start, stop in itertools.pairwise(cuts):
         logits, state = runner(ids[:, start:stop], state)
         pieces.append(np.asarray(logits))
     actual = np.concatenate(pieces, 1)[:, positions, : expected.shape[2]]
@@ -165,6 +167,11 @@ def _recorded(folder: Path, runner: Runner, tolerance: float) -> Check:
 def precision_of(runner: Runner) -> str:
     """``float32``, or what the weights were rounded to."""
     return str(runner.manifest.get("precision", "float32"))
+
+
+def is_float32(runner: Runner) -> bool:
+    """Whether weights, activations and states are."""
+    return precision_of(runner) == state_dtype_of(runner.manifest) == "float32"
 
 
 # ---- against the model -----------------------------------------------------------------------------------------------
@@ -192,18 +199,21 @@ def decided_tokens(router_logits: Sequence[Any], topk: int) -> NDArray[np.int64]
 
 
 def state_arrays(state: Any) -> State:
-    return tuple({name: np.asarray(value) for name, value in layer.items()} for layer in state)
+    """In float32."""
+    return tuple({name: np.asarray(value).astype(np.float32) for name, value in layer.items()} for layer in state)
 
 
 def _random_state(runner: Runner, batch: int, seed: int) -> State:
+    """Values that the runner's dtypes have."""
     generator = np.random.default_rng(seed)
-    return tuple(
+    values = tuple(
         {
             name: (0.1 * generator.standard_normal(tuple(value.shape))).astype(np.float32)
             for name, value in layer.items()
         }
         for layer in runner.init_state(batch)
     )
+    return state_arrays(runner._check_state(batch, values))
 
 
 def _compare(
@@ -234,16 +244,23 @@ def _compare(
 
 
 def _against_model(runner: Runner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
+    return [
+        *prefill_checks(runner, model, tolerance),
+        *(_decode(runner, model, tolerance, way, options) for way, options in runner.decode_ways().items()),
+        _greedy(runner, model, tolerance),
+    ]
+
+
+def prefill_checks(runner: Runner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
+    """One call from a random state; a state of 16 bits is rounded once, when it comes out."""
     results = [_compare(runner, model, *shape, seed=seed) for seed, shape in enumerate(PREFILL_SHAPES)]
     compared = np.concatenate([use.ravel() for *_, use in results])
     lengths = ", ".join(f"{batch}x{length}" for batch, length in PREFILL_SHAPES)
+    logits, states = max(result[0] for result in results), max(result[1] for result in results)
+    rounding = ROUNDING[state_dtype_of(runner.manifest)]
     return [
-        compared_check("prefill logits", max(result[0] for result in results), tolerance, compared, lengths),
-        compared_check(
-            "prefill states", max(result[1] for result in results), tolerance, compared, "from random states"
-        ),
-        *(_decode(runner, model, tolerance, way, options) for way, options in runner.decode_ways().items()),
-        _greedy(runner, model, tolerance),
+        compared_check("prefill logits", logits, tolerance, compared, lengths),
+        compared_check("prefill states", states, tolerance + rounding, compared, "from random states"),
     ]
 
 
@@ -271,28 +288,33 @@ def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float, way: str, o
 
 
 def _greedy(runner: Runner, model: MoMForCausalLM, tolerance: float) -> Check:
-    """The artifact's greedy text: at every step the model, given the same tokens, chooses the same one.
+    """The artifact's greedy text, see :func:`greedy_check`."""
+    prompt = random_tokens(model.config.vocab_size, 1, 20, seed=200)
+    eos = None if runner.manifest["kind"] == "genai" else -1  # GenAI stops at its own
+    text = np.stack(list(runner.generate(prompt, GREEDY_STEPS, eos_token_id=eos)), 1)
+    return greedy_check("greedy text", model, tolerance, prompt[0].tolist(), text[0].tolist())
+
+
+def greedy_check(
+    name: str, model: MoMForCausalLM, tolerance: float, prompt: Sequence[int], text: Sequence[int]
+) -> Check:
+    """At every step of a text the model, given the same tokens, chooses the same one.
 
     Steps whose two best logits are closer than the tolerance may differ; the first of them is printed. A routing that
     hangs on rounding ends the comparison.
     """
     import torch
 
-    prompt = random_tokens(model.config.vocab_size, 1, 20, seed=200)
-    eos = None if runner.manifest["kind"] == "genai" else -1  # GenAI stops at its own
-    text = np.stack(list(runner.generate(prompt, GREEDY_STEPS, eos_token_id=eos)), 1)
     with torch.no_grad():
-        out = model(torch.from_numpy(np.concatenate([prompt, text[:, :-1]], 1)))
-    logits = out.logits[0, prompt.shape[1] - 1 :]
+        out = model(torch.tensor([[*prompt, *text[:-1]]]))
+    logits = out.logits[0, len(prompt) - 1 :]
     best = logits.topk(min(2, logits.shape[-1]), -1)
     margin, smallest = best.values[:, 0] - best.values[:, -1], tolerance * logits.norm(dim=-1) / logits.shape[-1] ** 0.5
     close = (margin < smallest).numpy()
-    steps = min(
-        text.shape[1], max(0, int(decided_tokens(out.router_logits, model.config.topk)[0]) - prompt.shape[1] + 1)
-    )
-    equal = (best.indices[:, 0].numpy() == text[0]) | close
-    note = "" if steps == text.shape[1] else f"a routing hangs on rounding at token {steps}"
+    steps = min(len(text), max(0, int(decided_tokens(out.router_logits, model.config.topk)[0]) - len(prompt) + 1))
+    equal = (best.indices[:, 0].numpy() == np.array(text)) | close
+    note = "" if steps == len(text) else f"a routing hangs on rounding at token {steps}"
     if close[:steps].any():
         first = int(close.argmax())
         note = f"{note}; token {first} hangs on a margin of {float(margin[first]):.1e}".lstrip("; ")
-    return Check("greedy text", None, bool(equal[:steps].all()), note, f"{steps} tokens")
+    return Check(name, None, bool(equal[:steps].all()), note, f"{steps} tokens")

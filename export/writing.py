@@ -40,7 +40,8 @@ def write_artifact(
         directory: a new folder, or an artifact to replace.
         tokenizer: a ``tokenizer.json`` to put into the folder. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of logits and states.
-        write_files: (model, folder) -> the target's own entries of the manifest: kind, target, graphs, io, versions.
+        write_files: (model, folder) -> the target's own entries of the manifest: kind, target, graphs, io, versions,
+            ``state_dtype`` where the recurrent state is not float32.
         text: of the kind that the model knows, to verify on as well.
 
     Raises:
@@ -58,6 +59,7 @@ def write_artifact(
         entries = dict(write_files(exact, staging))
         held_out = None if text is None else HeldOut(exact, text)
         record_reference(exact, staging, entries.get("precision", "float32"), held_out)
+        dtypes = {"recurrent_state": entries.pop("state_dtype", "float32")}
         versions = {
             **package_versions("mom-compile", "torch"),
             "python": platform.python_version(),
@@ -66,7 +68,7 @@ def write_artifact(
         manifest = {
             "config": exact.config.to_dict(),
             "state": [
-                {"name": name, "shape": list(shape[1:]), "dtype": "float32"}
+                {"name": name, "shape": list(shape[1:]), "dtype": dtypes.get(name, "float32")}
                 for name, shape in layer_shapes(exact.config, 1).items()
             ],
             "tokenizer": kind,

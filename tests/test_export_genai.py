@@ -49,7 +49,7 @@ def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> N
     manifest = json.loads((exported[1] / "manifest.json").read_text())
     assert manifest["kind"] == "genai" and manifest["parity"]["passed"] and manifest["parity"]["error"] < 1e-5
     names = {check["name"] for check in manifest["parity"]["checks"]}
-    assert {"ragged batch, logits and states", "snapshot and rewind", "greedy text"} <= names
+    assert {"ragged batch, logits", "ragged batch, states", "snapshot and rewind", "greedy text"} <= names
     assert "64 decode steps, past and present in one buffer" in names
     inputs = manifest["io"]["model"]["inputs"]
     assert [value["name"] for value in inputs[:3]] == ["input_ids", "attention_mask", "past_key_values.0.conv_state"]
@@ -144,6 +144,24 @@ def test_a_layer_without_convolution(tmp_path: Path) -> None:
     assert set(export.load(tmp_path / "x").init_state(1)[0]) == {"recurrent_state"}
 
 
+def test_states_of_float16(tmp_path: Path) -> None:
+    """GenAI keeps them in float16 as well: its loop gives the tokens of ours over the same graph."""
+    model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)
+    report = export.to_genai(model, tmp_path / "x", state_dtype="float16")
+    assert {"prefill logits", "ragged batch, states", "64 decode steps with the same routing"} <= {
+        check.name for check in report.checks
+    }
+    runner = export.load(tmp_path / "x")
+    assert runner.init_state(1)[0]["recurrent_state"].dtype == np.float16
+    prompt = np.arange(20)[None] * 7 % 256
+    logits, state = runner(prompt)
+    step, token, expected = runner.decode_loop(state, 1), logits[:, -1].argmax(-1), []
+    for _ in range(40):
+        expected.append(int(token[0]))
+        token = step(token).argmax(-1)
+    assert _until_end([int(x[0]) for x in runner.generate(prompt, 40)]) == _until_end(expected)
+
+
 def test_messages(exported: tuple[MoMForCausalLM, Path], runner: GenaiRunner, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_beams must be 1, got 4; GenAI's beam search does not reorder"):
         runner.generate([[65]], 5, num_beams=4)
@@ -193,6 +211,8 @@ def test_a_late_reader_is_found() -> None:
     assert late_reader(graph(write, late)) == "Neg late beside the writer of present.0.s"
     behind = helper.make_node("Neg", ["v"], ["logits"], name="behind")
     assert late_reader(graph(view, write, behind)) == "Reshape view beside the writer of present.0.s"
+    shape = helper.make_node("Shape", ["past_key_values.0.s"], ["logits"], name="shape")
+    assert late_reader(graph(write, shape)) is None  # it reads no values
     early = helper.make_node("Neg", ["past_key_values.0.s"], ["logits"], name="early")
     after = helper.make_node("Add", ["past_key_values.0.s", "logits"], ["present.0.s"], name="write")
     assert late_reader(graph(early, after)) is None

@@ -111,16 +111,20 @@ def test_a_given_routing(model: MoMForCausalLM, exported: Maker) -> None:
         runner.run_forced(ids, [chosen[..., :1]])
 
 
-def test_what_goes_into_the_residual_stream_has_8_bits_in_int4(exported: Maker) -> None:
+def test_the_keys_and_values_have_4_bits_in_int4(exported: Maker) -> None:
     import onnx
 
-    graph = onnx.load(str(exported("int4") / "decode.onnx")).graph
-    bits = {}
-    for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            bits[node.output[0]] = next(item.i for item in node.attribute if item.name == "bits")
-    assert bits.pop("logits") == 8
-    assert sorted(bits.values()) == [4, 4, 4, 4, 4, 8, 8]  # q, kv, output gate, gate, up; o, down
+    levels: set[bytes] = set()
+    for name in ("prefill.onnx", "decode.onnx", "decode_touched.onnx", "prefill_forced.onnx"):
+        graph = onnx.load(str(exported("int4") / name)).graph
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        attributes = [{item.name: item.i for item in node.attribute} for node in nodes]
+        bits = sorted((found["bits"], found["N"]) for found in attributes)
+        # 5 memories with 2 heads of 32 for k and for v; q, output gate, o, down; gate, up; the logits.
+        assert bits == [(4, 5 * 128), (8, 64), (8, 64), (8, 64), (8, 64), (8, 128), (8, 128), (8, 257)]
+        levels.update(weights[n.input[1]].raw_data for n, a in zip(nodes, attributes, strict=True) if a["bits"] == 4)
+    assert len(levels) == 1  # the graphs read the same levels
 
 
 def test_messages(model: MoMForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,9 @@ def test_the_runner(pt2_artifact: tuple[MoMForCausalLM, Path]) -> None:
     assert torch.equal(again, runner(ids[:, :3], present)[0])
     steps = np.stack(list(runner.generate(ids, 30, eos_token_id=-1)), 1)
     assert np.array_equal(steps, model.generate(ids, 30, eos_token_id=-1)[:, 70:].numpy())
-    with pytest.raises(ValueError, match=r"state\[0\]\['conv_state'\] must be float32, got float64"):
+    with pytest.raises(
+        ValueError, match=r"state\[0\]\['conv_state'\] must be one of float32, float16, bfloat16, got float64"
+    ):
         runner(ids, tuple({name: value.double() for name, value in layer.items()} for layer in state))
     with pytest.raises(ValueError, match=r"must have shape \(1, 5, 48, 3\), got \(2, 5, 48, 3\)"):
         runner(ids[:1], state)

@@ -107,6 +107,18 @@ def test_the_folder(exported: tuple[MoMForCausalLM, Path]) -> None:
     assert steps == model.generate(prompt, 20, eos_token_id=-1)[0, 70:].tolist()
 
 
+def test_states_of_float16(tmp_path: Path) -> None:
+    model = tiny_model(num_hidden_layers=1, vocab_size=50)
+    assert export.to_triton_server(model, tmp_path / "x", state_dtype="float16").passed
+    config = parse((tmp_path / "x" / "models" / "mom" / "config.pbtxt").read_text())
+    found = {
+        state["input_name"].rpartition(".")[2]: (state["data_type"], state["initial_state"]["data_type"])
+        for state in config["sequence_batching"]["state"]
+    }
+    assert found == {"conv_state": ("TYPE_FP32",) * 2, "recurrent_state": ("TYPE_FP16",) * 2}
+    assert f"{(4 * 720 + 2 * 640) / 1024:.0f} KiB" in (tmp_path / "x" / "README.md").read_text()
+
+
 def test_precisions_are_refused(
     exported: tuple[MoMForCausalLM, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

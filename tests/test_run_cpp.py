@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tokens
+from models import tiny_model, tokens
 
-from mom_compile import MoMForCausalLM
+from mom_compile import MoMForCausalLM, export
 
 GIVEN = os.environ.get("ONNXRUNTIME_INCLUDE")
 FOLDERS = [GIVEN] if GIVEN else ["/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/local/include"]
@@ -23,6 +23,21 @@ pytestmark = pytest.mark.skipif(
     INCLUDE is None or shutil.which("g++") is None,
     reason="needs g++ and ONNX Runtime's C++ headers: set ONNXRUNTIME_INCLUDE, see .ci/onnxruntime-headers",
 )
+
+
+def test_states_of_16_bits(tmp_path: Path, compile_cpp: Callable[..., Path]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    (tmp_path / "libonnxruntime.so.1").symlink_to(library)
+    model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)
+    export.to_onnx(model, tmp_path / "x", state_dtype="bfloat16")
+    binary = compile_cpp(tmp_path / "x" / "run.cpp", [f"-I{INCLUDE}"], [str(library), f"-Wl,-rpath,{tmp_path}"])
+    done = subprocess.run(
+        [str(binary), str(tmp_path / "x"), "84 104 101", "30", "--ids"], capture_output=True, env={}, check=True
+    )
+    runner = export.load(tmp_path / "x")
+    expected = [int(token[0]) for token in runner.generate([[84, 104, 101]], 30, eos_token_id=-1)]
+    assert [int(token) for token in done.stdout.split()] == expected
 
 
 def test_run_cpp(small_artifact: tuple[MoMForCausalLM, Path], tmp_path: Path, compile_cpp: Callable[..., Path]) -> None:

@@ -116,8 +116,8 @@ def test_messages(small_artifact: tuple[MoMForCausalLM, Path]) -> None:
         runner([[1]], runner.init_state(1) * 2)
     with pytest.raises(ValueError, match=r"state\[0\]\['conv_state'\] must have shape \(1, 5, 48, 3\), got \(2, 5"):
         runner([[1]], runner.init_state(2))
-    wrong = tuple({name: value.astype(np.float16) for name, value in layer.items()} for layer in runner.init_state(1))
-    with pytest.raises(ValueError, match="must be float32, got float16; convert"):
+    wrong = tuple({name: value.astype(np.float64) for name, value in layer.items()} for layer in runner.init_state(1))
+    with pytest.raises(ValueError, match="must be one of float32, float16, bfloat16, got float64; convert"):
         runner([[1]], wrong)
     with pytest.raises(ValueError, match=r"state\[0\] must hold conv_state, recurrent_state, got key"):
         runner([[1]], [{"key": np.zeros(1)}])

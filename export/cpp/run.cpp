@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <fstream>
 #include <iostream>
@@ -46,16 +47,20 @@ struct Graph {
   std::vector<std::string> inputs, outputs;
 };
 
-// Zeros for every past state of a graph, for one sequence.
+// Zeros for every past state of a graph, for one sequence; in every type of float zero is all bits clear.
 std::vector<Ort::Value> init_state(const Graph& graph) {
   Ort::AllocatorWithDefaultOptions allocator;
   std::vector<Ort::Value> state;
   for (size_t i = 1; i < graph.inputs.size(); ++i) {
-    std::vector<int64_t> shape = graph.session.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetShape();
+    const Ort::TypeInfo type = graph.session.GetInputTypeInfo(i);
+    const auto info = type.GetTensorTypeAndShapeInfo();
+    std::vector<int64_t> shape = info.GetShape();
     shape[0] = 1;
-    state.push_back(Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size()));
-    std::fill_n(state.back().GetTensorMutableData<float>(), state.back().GetTensorTypeAndShapeInfo().GetElementCount(),
-                0.0f);
+    const ONNXTensorElementDataType element = info.GetElementType();
+    state.push_back(Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), element));
+    const size_t width = element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
+    std::memset(state.back().GetTensorMutableRawData(), 0,
+                width * state.back().GetTensorTypeAndShapeInfo().GetElementCount());
   }
   return state;
 }

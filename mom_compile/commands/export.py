@@ -22,11 +22,13 @@ TARGETS = {
 
 OPTIONS = {
     "precision": ("onnxruntime", "tensorrt"),
+    "state_dtype": ("onnxruntime", "portable", "opset27", "genai", "triton-server"),
     "compute_capability": ("tensorrt", "kernels"),
     "profile": ("tensorrt",),
     "batch": ("tensorrt",),
     "length": ("tensorrt",),
     "device": ("aoti",),
+    "engine": ("genai",),
 }
 """Option -> the targets that it belongs to."""
 
@@ -53,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "float16", "bfloat16", "int8", "int4"],
     )
     option(
+        "state_dtype",
+        "the recurrent state that the graphs take and give, their arithmetic being float32 (default float32)",
+        choices=["float32", "float16", "bfloat16"],
+    )
+    option(
         "compute_capability",
         "GPUs to build for, times ten (default 86 89 120; kernels: 80 87 90 too)",
         type=int,
@@ -65,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name, f"the {name} an engine serves (default {default})", type=int, nargs=3, metavar=("MIN", "OPT", "MAX")
         )
     option("device", "where the package runs (default cpu)", choices=["cpu", "cuda"])
+    option("engine", "also the form for its engine, continuous batching", action="store_true", default=None)
 
 
 def run(args: argparse.Namespace) -> int:
