@@ -231,6 +231,8 @@ def looped(
     sizes = (batch, length, count)
     state, o = scan_op(body, [state.flatten(0, 1)], xs, additional_inputs=(ones.tril(), ones.tril(-1), *sizes))
     o = o.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    # A copy: whether the slice is contiguous depends on the length, and a view of it would ask.
+    o = o.clone(memory_format=torch.contiguous_format)
     return o, state.unflatten(0, (batch, heads))
 
 

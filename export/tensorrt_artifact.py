@@ -20,6 +20,7 @@ from .budget import budget
 from .jetpack import PROFILES, build_script, check_parser_operators, quantize_weights
 from .onnx_artifact import GRAPHS, _graph, check_onnx_packages, save_graphs
 from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
+from .precision import TOLERANCES
 from .tensorrt_engines import build_engine
 from .tensorrt_shapes import ShapeRanges, trtexec_shapes
 from .writing import package_versions, write_artifact
@@ -27,9 +28,6 @@ from .writing import package_versions, write_artifact
 if TYPE_CHECKING:
     from ..report import Report
 
-# Weights of 4 bits in blocks of 64 are themselves off by 10 %, and a model of random weights passes that on; bfloat16
-# rounds eight times as coarsely as float16, and puts torch's own logits of two small layers off by 3e-2.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int4": 5e-1}
 _ELSEWHERE = {
     "int8": "TensorRT keeps no weights of 8 bits for products of float16: use --to onnxruntime",
     "int4": "engines of weights of 4 bits are built on a Jetson: use --profile jetpack6",
@@ -65,7 +63,7 @@ def to_tensorrt(
         directory: a new folder, or an artifact to replace. It appears only when the verification has passed.
         tokenizer: a ``tokenizer.json`` to put beside the graphs. None: bytes for a vocabulary of 257, else none.
         tolerance: largest relative error of the graphs' logits, in onnxruntime on the CPU. None: 1e-4 for float32;
-            with the same routing 2e-2 for float16, 5e-2 for bfloat16, 0.5 for int4.
+            with the same routing 2e-2 for float16 and int4, 5e-2 for bfloat16.
         precision: ``float32``, ``float16`` or ``bfloat16`` of weights and activations; for ``jetpack6`` also ``int4``
             weights. Router, decay, inverse, states, logits and the other inputs and outputs are float32.
         compute_capabilities: GPUs that the engines run on, of 80, 86, 89, 120, 121; None: 86, 89 and 120.
@@ -82,7 +80,7 @@ def to_tensorrt(
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}; choose one of them")
-    known = ENGINE_PRECISIONS if profile == "rtx" else tuple(TOLERANCES)
+    known = ENGINE_PRECISIONS if profile == "rtx" else (*ENGINE_PRECISIONS, "int4")
     if precision not in known:
         raise ValueError(
             f"precision must be one of {', '.join(known)} for profile {profile}, got {precision!r}; "
