@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,9 +199,9 @@ def test_a_wrong_graph_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.Mo
     target = tmp_path / "artifact"
     genuine = onnx_artifact._graph
 
-    def broken(model: MoMForCausalLM, target: str, name: str) -> object:
+    def broken(model: MoMForCausalLM, target: str, name: str, *options: Any) -> object:
         other = MoMForCausalLM(tiny_config("mamba2", num_hidden_layers=1)).eval()
-        return genuine(other if name == "decode" else model, target, name)
+        return genuine(other if name == "decode" else model, target, name, *options)
 
     monkeypatch.setattr(onnx_artifact, "_graph", broken)
     with pytest.raises(ValueError, match=r"agree with the model to 0\.0001(.|\n)*64 decode steps .*FAILED"):
