@@ -135,6 +135,7 @@ def test_text(exported: tuple[MoMForCausalLM, Path], runner: GenaiRunner, capsys
     assert capsys.readouterr().out.startswith("The ")
 
 
+@pytest.mark.slow
 def test_a_layer_without_convolution(tmp_path: Path) -> None:
     """GenAI finds its layers by a conv_state: a dummy goes through."""
     model = tiny_model(num_hidden_layers=1, use_short_conv=False, topk=1, vocab_size=50)
@@ -144,6 +145,7 @@ def test_a_layer_without_convolution(tmp_path: Path) -> None:
     assert set(export.load(tmp_path / "x").init_state(1)[0]) == {"recurrent_state"}
 
 
+@pytest.mark.slow
 def test_states_of_float16(tmp_path: Path) -> None:
     """GenAI keeps them in float16 as well: its loop gives the tokens of ours over the same graph."""
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)

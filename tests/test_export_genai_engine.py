@@ -112,11 +112,13 @@ def test_a_request_that_comes_later(exported: tuple[MoMForCausalLM, Path]) -> No
     assert texts == [[token for token in text if token != 256] for text in expected]
 
 
+@pytest.mark.slow
 def test_a_layer_without_convolution(tmp_path: Path) -> None:
     model = tiny_model("mamba2", num_hidden_layers=1, use_short_conv=False, topk=1, vocab_size=257, eos_token_id=256)
     assert export.to_genai(model, tmp_path / "x", engine=True).passed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_flash_linear_attention(tmp_path: Path) -> None:
     model = MoMForCausalLM.from_pretrained(DATA / "fla-mom-tiny")
     report = export.to_genai(model, tmp_path / "x", engine=True)

@@ -40,7 +40,7 @@ def exported(model: MoMForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     return make
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [pytest.param("float16", marks=pytest.mark.slow), *PRECISIONS[1:]])
 def test_parity_and_size(precision: str, model: MoMForCausalLM, exported: Maker) -> None:
     folder = exported(precision)
     manifest = artifact.read_manifest(folder)
@@ -56,7 +56,7 @@ def test_parity_and_size(precision: str, model: MoMForCausalLM, exported: Maker)
     assert size < (weights * share if precision == "float16" else fixed + (weights - fixed) * share) + 64 * 1024
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [pytest.param("float16", marks=pytest.mark.slow), *PRECISIONS[1:]])
 def test_the_router_stays_float32(precision: str, exported: Maker) -> None:
     import onnx
 

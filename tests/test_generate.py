@@ -41,13 +41,16 @@ def test_padded_rows_equal_the_rows_alone(side: str) -> None:
 def test_prefill_takes_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mom_compile.generate.PREFILL_TOKENS", 24)
     model = tiny_model()
-    ids, seen = tokens(3, 50), []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0].shape), with_kwargs=True
-    )
+    ids, seen, projected = tokens(3, 50), [], []
+    hooks = [
+        model.model.embeddings.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel())),
+        model.lm_head.register_forward_pre_hook(lambda _, args: projected.append(tuple(args[0].shape[:-1]))),
+    ]
     out = model.generate(ids, 1, eos_token_id=-1)
-    hook.remove()
-    assert max(shape.numel() for shape in seen) == 24 and len(seen) == 7
+    for hook in hooks:
+        hook.remove()
+    assert max(seen) == 24 and len(seen) == 7
+    assert projected == [(3,)]  # the logits of the other tokens are never computed
     assert torch.equal(out[:, 50], model(ids).logits[:, -1].argmax(-1))
 
 

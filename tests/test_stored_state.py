@@ -26,7 +26,13 @@ def model() -> MoMForCausalLM:
     return tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id="-".join(case), marks=[] if index in (0, 3) else [pytest.mark.slow])
+        for index, case in enumerate(CASES)
+    ],
+)
 def exported(
     request: pytest.FixtureRequest, model: MoMForCausalLM, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
@@ -124,6 +130,7 @@ def test_run_py(exported: tuple[str, Path]) -> None:
     assert done.stdout.decode() == bytes(i for i in ids if i < 256).decode(errors="replace") + "\n"
 
 
+@pytest.mark.slow
 def test_weights_and_states_of_float16(model: MoMForCausalLM, tmp_path: Path) -> None:
     report = export.to_onnx(model, tmp_path / "x", precision="float16", state_dtype="float16")
     assert "prefill logits, the model's routing forced in" in {check.name for check in report.checks}
