@@ -81,9 +81,9 @@ def decode_linear(
     x, weight = x.contiguous(), weight.contiguous()
     norm_weight, small_weight = (None if t is None else t.contiguous() for t in (norm_weight, small_weight))
     small_outputs = 0 if small_weight is None else small_weight.shape[0]
-    small = x.new_empty(0) if small_weight is None else small_weight.new_empty(rows, small_outputs)
     add = y is not None
     if rows <= MOST_ROWS:
+        small = _small_outputs(x, small_weight)
         config = _row_config(features, outputs, small_outputs, norm, swiglu, add, x.dtype)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + cdiv(small_outputs, config.constants["BP"])
@@ -94,6 +94,8 @@ def decode_linear(
     if norm_weight is not None or not tiles and (norm or small_weight is not None):
         x, small = prepare(x, norm_weight, small_weight, norm, eps)
         norm, small_weight, small_outputs = False, None, 0
+    else:
+        small = _small_outputs(x, small_weight)
     if tiles:
         config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
         y = x.new_empty(rows, outputs) if y is None else y
@@ -104,14 +106,17 @@ def decode_linear(
     return combine_halves(y) if swiglu else y, small
 
 
+def _small_outputs(x: Tensor, small_weight: Tensor | None) -> Tensor:
+    return x.new_empty(0) if small_weight is None else small_weight.new_empty(x.shape[0], small_weight.shape[0])
+
+
 def prepare(
     x: Tensor, norm_weight: Tensor | None, small_weight: Tensor | None, norm: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The normalised rows ``[B, F]`` and their product with ``small_weight`` ``[P, F]`` in float32, or ``[0]``."""
     rows, features = x.shape
     small_outputs = 0 if small_weight is None else small_weight.shape[0]
-    value = torch.empty_like(x)
-    small = x.new_empty(0) if small_weight is None else small_weight.new_empty(rows, small_outputs)
+    value, small = torch.empty_like(x), _small_outputs(x, small_weight)
     config = Config(_constants(features, small_outputs, norm))
     programs = rows * (1 + cdiv(small_outputs, config.constants["BP"]))
     launch(decode_prepare_kernel, (programs,), config, x, norm_weight, small_weight, value, small, eps)
