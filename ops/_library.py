@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from ._triton import use_triton
@@ -49,6 +51,8 @@ def register_op(
     positions: list[int] = []  # of the arguments written in place
 
     def implementation(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         # A backward that is called under autocast comes here with it on: an implementation chooses its own dtypes.
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             if triton is None:
@@ -69,6 +73,20 @@ def register_op(
     if autocast:
         _register_autocast(name, overload, autocast)
     return overload
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    """Forward-mode differentiation would silently give zeros: torch gives custom operators no rule for it.
+
+    A tangent of ``torch.func.jvp`` cannot be seen from here, so inside one no floating-point argument passes.
+    """
+    for value in args:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if eager_transforms.JVP_NESTING > 0 or forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    f"{NAMESPACE}::{name} must get arguments without a tangent, got forward-mode differentiation, for "
+                    "which it has no rule; use torch.autograd.grad"
+                )
 
 
 def _on_cpu(function: Callable[..., Any], args: Sequence[Any], written: Sequence[int], device: torch.device) -> Any:

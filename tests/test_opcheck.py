@@ -68,7 +68,7 @@ def _decode_step() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _samples() -> dict[str, Sample]:
+def samples() -> dict[str, Sample]:
     plan = _plan()
     samples: dict[str, Sample] = {
         "route": lambda: (torch.randn(9, 4, requires_grad=True), 2),
@@ -121,13 +121,13 @@ def _samples() -> dict[str, Sample]:
 
 
 def test_every_operator_has_a_sample() -> None:
-    assert sorted(f"mom::{name}" for name in _samples()) == OPERATORS
+    assert sorted(f"mom::{name}" for name in samples()) == OPERATORS
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     name = name.removeprefix("mom::")
-    torch.library.opcheck(getattr(torch.ops.mom, name).default, _samples()[name]())
+    torch.library.opcheck(getattr(torch.ops.mom, name).default, samples()[name]())
 
 
 def test_schemas_are_the_recorded_ones() -> None:

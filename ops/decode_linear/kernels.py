@@ -97,8 +97,7 @@ def decode_tile_kernel(
     """All rows (at most BR) and a block of outputs on tensor cores, or one row and a block of the small product.
 
     The norm has no weight here: its factor of a row stands behind the product, and the sums of squares are the diagonal
-    of one more product, so that x goes from memory to the tensor cores as it is. BYTES: of BO rows of ``weight``,
-    prefetched while the kernel before this one runs; 0: none.
+    of one more product, so that x goes from memory to the tensor cores as it is.
     """
     PARTS: tl.constexpr = (P + BP - 1) // BP
     pid = tl.program_id(0)

@@ -71,6 +71,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     if dloss is None:
         return None, None, None, None, None
+    if torch.is_grad_enabled():  # create_graph: the gradients below would pass for constants
+        raise RuntimeError(
+            "mom::linear_cross_entropy must be differentiated once, got create_graph=True; use "
+            "torch.nn.functional.cross_entropy for second derivatives"
+        )
     if not ctx.grads:
         raise ValueError("grads must be True where the loss is differentiated, got False; pass grads=True")
     dx, dweight = ctx.saved_tensors
