@@ -322,7 +322,8 @@ def _onnxruntime(devices: list[Any], fails: bool = False) -> Any:
             assert options.config["session.disable_cpu_ep_fallback"] == "1" and options.devices == devices[:1]
             assert options.settings["nv_profile_max_shapes"].startswith("input_ids:4x")
             self.inner = onnxruntime.InferenceSession(model)
-            self.get_inputs, self.run = self.inner.get_inputs, self.inner.run
+            self.get_inputs, self.io_binding = self.inner.get_inputs, self.inner.io_binding
+            self.run_with_iobinding = self.inner.run_with_iobinding
 
     class Options:
         def __init__(self) -> None:
@@ -345,6 +346,7 @@ def _onnxruntime(devices: list[Any], fails: bool = False) -> Any:
         __version__="1.32.0",
         SessionOptions=Options,
         InferenceSession=Session,
+        OrtValue=onnxruntime.OrtValue,
         get_ep_devices=lambda: devices if registered else [],
         register_execution_provider_library=register,
     )
