@@ -215,7 +215,7 @@ def _backward_rows(
         own = (target >= 0) & (target < count)
         if LAST and dfinal is not None:
             slot = first + target - (length - (WIDTH - 1))
-            address = dfinal + (segment.to(tl.int64) * F + channel) * (WIDTH - 1) + slot
+            address = dfinal + (segment.to(tl.int64) * (WIDTH - 1) + slot) * F + channel
             total += tl.load(address, mask=_where(own & (slot >= 0), valid), other=0.0).to(tl.float32)
         address = dx + (chunk.to(tl.int64) * CHUNK + target) * STRIDE + column
         tl.store(address, total.to(dx.dtype.element_ty), mask=_where(own, valid))
@@ -280,7 +280,10 @@ def conv_qkv_bwd_kernel(
     H: tl.constexpr, K: tl.constexpr, VS: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's inputs, and its share of the taps' gradient: ``partial [chunks, WIDTH, F]``."""
+    """Gradients of one chunk's inputs, and its share of the taps' gradient: ``partial [chunks, WIDTH, F]``.
+
+    ``dfinal [segments, WIDTH - 1, F]`` is transposed: its channels are loaded as those of all others are.
+    """
     KEY_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     BLOCKS: tl.constexpr = 2 * KEY_BLOCKS + (VS + BLOCK_H * BLOCK_K - 1) // (BLOCK_H * BLOCK_K)
     F: tl.constexpr = 2 * H * K + VS

@@ -94,9 +94,10 @@ def conv_qkv_bwd(
     dq_rows, dkv = q.new_empty(rows, q.shape[1]), torch.empty_like(kv)
     partial = torch.empty(rows // CHUNK, width, weight.shape[0], dtype=torch.float32, device=q.device)
     dfinal, state = (dfinal_state, initial_state) if width > 1 else (None, None)
+    by_slot = None if dfinal is None else dfinal.transpose(1, 2).contiguous()
     config = _config(*sizes, unroll=2 if width > 4 else 4, backward=True)
     launch(
-        conv_qkv_bwd_kernel, _programs(rows // CHUNK, config), config, dq, dk, dv, dfinal, q, kv, weight, state,
+        conv_qkv_bwd_kernel, _programs(rows // CHUNK, config), config, dq, dk, dv, by_slot, q, kv, weight, state,
         entry_of, segment_start, segment_length, chunk_segment, dq_rows, dkv, partial, rows, tokens, segments,
     )  # fmt: skip
     dweight = partial.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format)
