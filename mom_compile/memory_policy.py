@@ -1,8 +1,9 @@
 """What a block keeps for its backward: everything, the results that are dear, or its input alone.
 
 - ``save``: whatever its operators ask for. Nothing is computed again.
-- ``selective``: its input, its routing, and the results of matrix products and of the memory rule. What takes one pass
-  over memory is computed again in the backward: norms, row copies, convolution, activations, gates.
+- ``selective``: its input, its routing, and the results of matrix products, of the memory rule and of the norm behind
+  it. What else takes one pass over memory is computed again in the backward: norms, row copies, convolution,
+  activations, gates.
 - ``block``: its input. The whole block is computed again.
 - ``auto`` (default): ``selective`` in a compiled block, ``save`` in an eager one, where each operator would pass
   through Python twice more and wait for it.
@@ -31,8 +32,10 @@ _KEPT = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.mom.grouped_linear.default,
+    torch.ops.mom.small_linear.default,
     torch.ops.mom.route.default,
     torch.ops.mom.dispatch.default,
+    torch.ops.mom.combine_norm.default,  # the output projection's input: four passes over the rows for one kept
     *(getattr(torch.ops.mom, f"chunk_{rule.op}").default for rule in RULES.values()),
 }
 

@@ -83,7 +83,7 @@ class MoMForCausalLM(nn.Module):
         """Choose what training keeps for the backward.
 
         Args:
-            policy: ``save`` (everything: fastest), ``selective`` (results of matrix products and of the memory rule),
+            policy: ``save`` (everything: fastest), ``selective`` (what is dear: matrix products, the memory rule),
                 ``block`` (the blocks' inputs: smallest) or ``auto`` (the default: selective where compiled, else save);
                 see :mod:`mom_compile.memory_policy`.
 

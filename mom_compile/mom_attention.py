@@ -136,17 +136,17 @@ class MoMAttention(nn.Module):
         }
         run = runs[form]
         o, new_state, logits = run(self, x, state, valid, cu_seqlens, router_indices)
-        return self._output(x, o), new_state, logits
+        if form != "packed":
+            o = self.output_norm(x, o)
+        return self.o_proj(o.flatten(2)), new_state, logits
 
-    def _output(self, x: Tensor, o: Tensor) -> Tensor:
-        """``Wo [RMSNorm(o) * SiLU(x Wg)]``; o ``[B, T, HV, V]``."""
+    def output_norm(self, x: Tensor, o: Tensor) -> Tensor:
+        """``RMSNorm(o) * SiLU(x Wg)``; o ``[B, T, HV, V]``."""
         o = o.to(x.dtype)
         if self.config.use_output_gate:
             gate = self.g_proj(x).view(o.shape)
-            o = gated_rms_norm(o.to(gate.dtype), gate, self.o_norm.weight, self.config.norm_eps)
-        else:
-            o = F.rms_norm(o, (o.shape[-1],), self.o_norm.weight.to(o.dtype), self.config.norm_eps)
-        return self.o_proj(o.flatten(2))
+            return gated_rms_norm(o.to(gate.dtype), gate, self.o_norm.weight, self.config.norm_eps)
+        return F.rms_norm(o, (o.shape[-1],), self.o_norm.weight.to(o.dtype), self.config.norm_eps)
 
     def _check(
         self,

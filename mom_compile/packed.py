@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import combine, conv_qkv, dispatch, grouped_linear, l2_norm, permute
+from .ops import combine, combine_norm, conv_qkv, dispatch, gate_rows, grouped_linear, l2_norm, permute
 from .ops.dispatch import DispatchPlan
 from .ops.memory_rule import chunk_rows
 from .projections import memory_group_bounds, retention_gate, route_and_gate
@@ -27,14 +27,15 @@ def forward(
     cu_seqlens: Tensor | None,
     router_indices: Tensor | None,
 ) -> tuple[Tensor, LayerState, Tensor | None]:
-    """As :meth:`MoMAttention.forward` up to the output projection: o ``[B, T, HV, V]``, state, logits."""
+    """As :meth:`MoMAttention.forward` up to the output projection: o ``[B, T, HV, V]`` behind norm and gate, state,
+    logits."""
     config, rule = layer.config, layer.rule
     batch, length, _ = x.shape
     memories = config.total_memories
     if cu_seqlens is None:
         cu_seqlens = torch.arange(batch + 1, device=x.device) * length
     sequences = cu_seqlens.shape[0] - 1
-    routing, gates = route_and_gate(layer, x, router_indices)
+    routing, gates = route_and_gate(layer, x, router_indices, packed=True)
     plan = dispatch(
         routing.indices.flatten(0, 1),
         cu_seqlens,
@@ -56,7 +57,7 @@ def forward(
         q, k = (l2_norm(torch.unflatten(part, 1, heads)) for part in (permute(F.silu(q), plan), k))
     v = torch.unflatten(v, 1, (config.value_heads, config.value_dim))
 
-    g, beta, dt = _rows_of_gates(layer, [gates.g, gates.beta, gates.dt], plan)
+    g, beta, dt = _rows_of_gates([gates.g, gates.beta, gates.dt], plan)
     if rule.gate == "head":
         g = retention_gate(config.value_heads, x.device)
     if dt is not None:
@@ -64,23 +65,20 @@ def forward(
     recurrent = None if state is None else state["recurrent_state"].flatten(0, 1)
     o, final_state = chunk_rows(rule.name, q, k, v, g, beta, layer.scale, recurrent, plan)
     new_state["recurrent_state"] = torch.unflatten(final_state, 0, (sequences, memories))
-    o = combine(o, routing.weights.flatten(0, 1), plan)
-    return torch.unflatten(o, 0, (batch, length)), new_state, routing.logits
+    weights, heads = routing.weights.flatten(0, 1), (config.value_heads, config.value_dim)
+    if config.use_output_gate:
+        gate = torch.unflatten(layer.g_proj(tokens), 1, heads)
+        o = combine_norm(o.to(gate.dtype), weights, plan, gate, layer.o_norm.weight, config.norm_eps)
+        o = torch.unflatten(o, 0, (batch, length))
+    else:
+        o = layer.output_norm(x, torch.unflatten(combine(o, weights, plan), 0, (batch, length)))
+    return o, new_state, routing.logits
 
 
-def _rows_of_gates(layer: MoMAttention, gates: list[Tensor | None], plan: DispatchPlan) -> list[Tensor | None]:
+def _rows_of_gates(gates: list[Tensor | None], plan: DispatchPlan) -> list[Tensor | None]:
     """``[B, T, G, HV]`` -> ``[S, HV]``: each row takes its token's value for its own memory; pad rows are zero."""
     present = [gate.flatten(0, 1) for gate in gates if gate is not None]
     if not present:
         return list(gates)
-    groups = present[0].shape[1]
-    rows = torch.unflatten(permute(torch.cat(present, 2).flatten(1), plan), 1, (groups, -1))  # [S, G, n * HV]
-    if groups > 1:
-        # A product with a one-hot row picks the memory: its gradient needs no scatter.
-        memory = plan.chunk_segment % groups
-        one_hot = (memory.unsqueeze(1) == torch.arange(groups, device=memory.device)).to(rows.dtype)
-        rows = (torch.unflatten(rows, 0, (memory.shape[0], -1)) * one_hot[:, None, :, None]).sum(2).flatten(0, 1)
-    else:
-        rows = rows.squeeze(1)
-    parts = list(rows.split(layer.config.value_heads, 1))
-    return [None if gate is None else parts.pop(0) for gate in gates]
+    rows = list(gate_rows(torch.stack(present, 2), plan).unbind())
+    return [None if gate is None else rows.pop(0) for gate in gates]

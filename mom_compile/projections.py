@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import route
+from .ops import route, small_linear
 
 if TYPE_CHECKING:
     from .mom_attention import MoMAttention
@@ -45,12 +45,17 @@ def small_weights(layer: MoMAttention) -> list[Tensor]:
     return weights + ([layer.a_proj.flatten(0, 1)] if layer.rule.gate == "scalar" else [])
 
 
-def small_products(layer: MoMAttention, x: Tensor) -> SmallProducts:
-    """Router, beta and decay of every token as one float32 product, also under autocast."""
+def small_products(layer: MoMAttention, x: Tensor, packed: bool = False) -> SmallProducts:
+    """Router, beta and decay of every token as one float32 product, also under autocast.
+
+    ``packed``: through ``mom::small_linear`` where all is bfloat16. It reads x once and makes no float32 copy of it.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights = small_weights(layer)
     if not weights:
         return SmallProducts(None, None, None)
+    if packed and all(each.dtype == torch.bfloat16 for each in (x, *weights)):
+        return split_small(layer, small_linear(x, torch.cat(weights)))
     weight = torch.cat([w.to(dtype) for w in weights])
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -85,10 +90,12 @@ def custom_routing(layer: MoMAttention, x: Tensor) -> tuple[Tensor, Tensor]:
     return weights.to(dtype), indices.long()
 
 
-def route_and_gate(layer: MoMAttention, x: Tensor, router_indices: Tensor | None) -> tuple[Routing, Gates]:
-    """Routing and gates of every token."""
+def route_and_gate(
+    layer: MoMAttention, x: Tensor, router_indices: Tensor | None, packed: bool = False
+) -> tuple[Routing, Gates]:
+    """Routing and gates of every token; ``packed`` as for :func:`small_products`."""
     rule = layer.rule
-    logits, b, a = small_products(layer, x)
+    logits, b, a = small_products(layer, x, packed)
     beta = None if b is None else b.sigmoid()
     g = dt = None
     if a is not None:

@@ -9,10 +9,12 @@ if __name__ != "mom_compile.ops":
 
 from ._layout import CHUNK
 from .combine import combine
+from .combine_norm import combine_norm
 from .conv_qkv import conv_qkv
 from .decode_linear import decode_linear, decode_linear_
 from .decode_step import decode_step, decode_step_
 from .dispatch import DispatchPlan, dispatch
+from .gate_rows import gate_rows
 from .gated_rms_norm import gated_rms_norm
 from .grouped_linear import grouped_linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -38,6 +40,7 @@ from .memory_rule import (
 from .permute import permute
 from .route import route
 from .short_conv import short_conv
+from .small_linear import small_linear
 
 __all__ = [
     "CHUNK",
@@ -49,12 +52,14 @@ __all__ = [
     "chunk_mamba2",
     "chunk_retention",
     "combine",
+    "combine_norm",
     "conv_qkv",
     "decode_linear",
     "decode_linear_",
     "decode_step",
     "decode_step_",
     "dispatch",
+    "gate_rows",
     "gated_rms_norm",
     "grouped_linear",
     "l2_norm",
@@ -72,4 +77,5 @@ __all__ = [
     "recurrent_retention_",
     "route",
     "short_conv",
+    "small_linear",
 ]

@@ -80,6 +80,14 @@ def samples() -> dict[str, Sample]:
         "combine_bwd": lambda: (
             torch.randn(70, 2, 3), _rows(plan, 2, 3).detach(), torch.rand(70, 2), plan.slot_of, plan.entry_of,
         ),
+        "combine_norm": lambda: (
+            _rows(plan, 2, 3), torch.rand(70, 2, requires_grad=True), plan.slot_of, plan.entry_of,
+            torch.randn(70, 2, 3, requires_grad=True), torch.rand(3, requires_grad=True), 1e-6,
+        ),
+        "combine_norm_bwd": lambda: (
+            torch.randn(70, 2, 3), _rows(plan, 2, 3).detach(), torch.rand(70, 2), plan.slot_of, plan.entry_of,
+            torch.randn(70, 2, 3), torch.rand(3), 1e-6,
+        ),
         "short_conv": lambda: (
             _rows(plan, 6), torch.randn(6, 4, requires_grad=True), torch.randn(8, 6, 3, requires_grad=True),
             *plan.segments, "silu",
@@ -97,10 +105,18 @@ def samples() -> dict[str, Sample]:
             torch.randn(70, 4), _rows(plan, 7).detach(), torch.randn(11, 4), torch.randn(8, 11, 3), plan.slot_of,
             plan.entry_of, *plan.segments, 2,
         ),
+        "gate_rows": lambda: (
+            torch.randn(70, 4, 2, 3, requires_grad=True), plan.slot_of, plan.entry_of, plan.chunk_segment,
+        ),
+        "gate_rows_bwd": lambda: (
+            torch.randn(2, plan.entry_of.shape[0], 3), plan.slot_of, plan.entry_of, plan.chunk_segment, 4,
+        ),
         "gated_rms_norm": lambda: (*(torch.randn(3, 4, requires_grad=True) for _ in range(2)), torch.rand(4), 1e-6),
         "gated_rms_norm_bwd": lambda: (*(torch.randn(3, 4) for _ in range(3)), torch.rand(4), 1e-6),
         "grouped_linear": lambda: (_rows(plan, 5), torch.randn(4, 6, 5, requires_grad=True), plan.group_offset),
         "grouped_linear_dweight": lambda: (_rows(plan, 6).detach(), _rows(plan, 5).detach(), plan.group_offset),
+        "small_linear": lambda: (torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)),
+        "small_linear_bwd": lambda: (torch.randn(5, 3), torch.randn(5, 4), torch.randn(3, 4)),
         "linear_cross_entropy": lambda: (
             torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True),
             torch.tensor([0, 5, -100, 2, 1]), -100, True,

@@ -1,13 +1,15 @@
-"""permute, combine, short_conv, gated_rms_norm and grouped_linear against their float64 references."""
+"""permute, gate_rows, combine, combine_norm, short_conv, gated_rms_norm and grouped_linear against references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support import ON_GPU, assert_close, assert_parity, plan_cases
+from support import INTERPRET, ON_GPU, assert_close, assert_parity, plan_cases
 
-from mom_compile.ops import combine, gated_rms_norm, grouped_linear, permute, short_conv
+from mom_compile.ops import combine, combine_norm, gate_rows, gated_rms_norm, grouped_linear, permute, short_conv
 from mom_compile.ops.combine import combine_reference
+from mom_compile.ops.combine_norm import combine_norm_reference
+from mom_compile.ops.gate_rows import gate_rows_reference
 from mom_compile.ops.gated_rms_norm import gated_rms_norm_reference
 from mom_compile.ops.grouped_linear import grouped_linear_reference
 from mom_compile.ops.permute import permute_reference
@@ -42,6 +44,18 @@ def test_permute_and_combine_by_features(features: int, dtype: torch.dtype) -> N
     )
 
 
+@pytest.mark.parametrize(("parts", "heads", "one_group"), [(2, 3, False), (1, 1, True), (3, 24, False), (2, 5, True)])
+@pytest.mark.parametrize("name", CASES)
+def test_gate_rows(name: str, parts: int, heads: int, one_group: bool) -> None:
+    plan, tokens, _ = CASES[name]()
+    groups = 1 if one_group else plan.group_offset.shape[0] - 1
+    assert_parity(
+        lambda gates: gate_rows(gates, plan),
+        lambda gates: gate_rows_reference(gates, plan.slot_of, plan.entry_of, plan.chunk_segment),
+        [torch.randn(tokens, groups, parts, heads)],
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_combine(name: str) -> None:
     plan, tokens, _ = CASES[name]()
@@ -53,6 +67,47 @@ def test_combine(name: str) -> None:
         lambda o, w: combine_reference(o, w, plan.slot_of, plan.entry_of),
         [o, torch.rand(tokens, topk)],
     )
+
+
+def _check_combine_norm(name: str, heads: int, features: int, dtype: torch.dtype, scale: float, eps: float) -> None:
+    plan, tokens, _ = CASES[name]()
+    shared = plan.group_offset.shape[0] - 1 > 1 and "65" not in name and name not in ("7-tokens", "63-tokens")
+    o = torch.randn(plan.entry_of.shape[0], heads, features).to(dtype) * scale
+    weights = torch.rand(tokens, plan.slot_of.shape[1] - int(shared))
+    gate = (torch.randn(tokens, heads, features) * 3).to(dtype)
+    assert_parity(
+        lambda o, w, gate, n: combine_norm(o, w, plan, gate, n, eps),
+        lambda o, w, gate, n: combine_norm_reference(o, w, plan.slot_of, plan.entry_of, gate, n, eps),
+        [o, weights, gate, torch.randn(features)],
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_combine_norm(name: str) -> None:
+    # Of one choice the norm takes the scale out, but for eps: with a small one nothing but rounding would be compared.
+    _check_combine_norm(name, 2, 5, torch.float32, 1.0, eps=0.5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "features", "dtype"),
+    [(1, 48, torch.bfloat16), (3, 100, torch.float16), (6, 300, torch.float32), (4, 16, torch.float64)],
+)
+def test_combine_norm_by_features(heads: int, features: int, dtype: torch.dtype) -> None:
+    _check_combine_norm("masked", heads, features, dtype, 1.0, 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_combine_norm_of_tiny_and_huge_rows(scale: float) -> None:
+    _check_combine_norm("documents", 2, 20, torch.float32, scale, 1e-6)
+
+
+def test_combine_norm_of_nothing() -> None:
+    plan, tokens, _ = CASES["masked"]()
+    o = torch.zeros(plan.entry_of.shape[0], 2, 8, requires_grad=True)
+    gate, weights = torch.randn(tokens, 2, 8), torch.rand(tokens, 2)
+    y = combine_norm(o, weights, plan, gate, torch.ones(8))
+    (grad,) = torch.autograd.grad(y.sum(), o)
+    assert not y.any() and torch.isfinite(grad).all() and not grad[plan.entry_of < 0].any()
 
 
 @pytest.mark.parametrize("width", [2, 4])
@@ -170,6 +225,15 @@ def test_grouped_linear_of_any_bounds(
     )
 
 
+@pytest.mark.skipif(not (INTERPRET or ON_GPU), reason="of a kernel")
+def test_ends_of_groups_rise_within_the_rows() -> None:
+    from mom_compile.ops.grouped_linear.launch import _ends
+
+    bounds = [7, -3, 64, 20, 1 << 30, 128, 300]
+    assert _ends(torch.tensor(bounds, dtype=torch.int32), 256).tolist() == [0, 64, 64, 256, 256, 256]
+    assert _ends(torch.tensor([0, 64, 128], dtype=torch.int32), 128).tolist() == [64, 128]
+
+
 def test_messages() -> None:
     plan, tokens, _ = CASES["200-tokens"]()
     with pytest.raises(ValueError, match=r"slot_of must be \[T, k'\] = \[3, any\], got shape \(200, 3\)"):
@@ -182,6 +246,15 @@ def test_messages() -> None:
         gated_rms_norm(torch.randn(2, 4), torch.randn(2, 5), torch.ones(4))
     with pytest.raises(ValueError, match="slot_of must have k or k \\+ 1 columns for weights of k = 1, got 3"):
         combine(torch.randn(plan.entry_of.shape[0], 1, 2), torch.rand(tokens, 1), plan)
+    with pytest.raises(ValueError, match=r"gates must be \[T, G, n, HV\], got shape \(200, 5, 2\)"):
+        gate_rows(torch.randn(tokens, 5, 2), plan)
+    with pytest.raises(ValueError, match="gates must have one of the dtypes float32, float64, got bfloat16"):
+        gate_rows(torch.randn(tokens, 5, 2, 3).bfloat16(), plan)
+    o, weights = torch.randn(plan.entry_of.shape[0], 1, 2), torch.rand(tokens, 2)
+    with pytest.raises(ValueError, match=r"gate must be \[T, HV, V\] = \[200, 1, 2\], got shape \(200, 2\)"):
+        combine_norm(o, weights, plan, torch.randn(tokens, 2), torch.ones(2))
+    with pytest.raises(ValueError, match="gate must have one of the dtypes float32, got bfloat16"):
+        combine_norm(o, weights, plan, torch.randn(tokens, 1, 2).bfloat16(), torch.ones(2))
 
 
 @pytest.mark.skipif(ON_GPU, reason="the values of tensors on a GPU are not read")

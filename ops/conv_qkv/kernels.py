@@ -9,10 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import INTERPRET
-
-# The interpreter patches the whole language at every call of a jitted function, which takes longer than the function.
-helper = (lambda function: function) if INTERPRET else triton.jit
+from .._triton_kernels import helper, sigmoid
 
 EPS = tl.constexpr(1e-6)
 
@@ -40,13 +37,19 @@ def _columns(
 
 
 @helper
+def _extent(start, length, rows):
+    """Length of a segment, none where its rows are not all there: no address depends on a wrong table."""
+    return tl.where((start >= 0) & (length <= rows - start), length, 0)
+
+
+@helper
 def _input(
-    x, entry_of, start, position, length, rows, tokens, column, valid,
+    x, entry_of, start, position, length, tokens, column, valid,
     STRIDE: tl.constexpr, CHOICES: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """The input at a position of the segment, 0 outside; where GATHER, out of the row's token."""
     row = start + position
-    inside = (position >= 0) & (position < length) & (row >= 0) & (row < rows)
+    inside = (position >= 0) & (position < length)
     if GATHER:
         entry = tl.load(entry_of + row, mask=inside, other=-1)
         row = entry // CHOICES
@@ -56,11 +59,11 @@ def _input(
 
 @helper
 def _history(
-    x, entry_of, state, segment, start, position, length, rows, tokens, column, valid, channel,
+    x, entry_of, state, segment, start, position, length, tokens, column, valid, channel,
     F: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHOICES: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """As ``_input``; positions below 0 come out of the state before the segment."""
-    value = _input(x, entry_of, start, position, length, rows, tokens, column, valid, STRIDE, CHOICES, GATHER)
+    value = _input(x, entry_of, start, position, length, tokens, column, valid, STRIDE, CHOICES, GATHER)
     if state is not None:
         old = WIDTH - 1 + position
         address = state + (segment.to(tl.int64) * F + channel) * (WIDTH - 1) + old
@@ -79,29 +82,31 @@ def _taps(weight, channel, valid, WIDTH: tl.constexpr):
 @helper
 def _grad_linear(linear, dy, NORM: tl.constexpr):
     """The gradient before SiLU and norm, from the one behind them."""
-    sigmoid = tl.sigmoid(linear)
+    share = sigmoid(linear)
+    y = linear * share
+    slope = share + y * (1.0 - share)
     if NORM:
-        y = linear * sigmoid
-        rstd = tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
-        y *= rstd
-        dy = rstd * (dy - y * tl.sum(dy * y, 1)[:, None])
-    return dy * sigmoid * (1.0 + linear * (1.0 - sigmoid))
+        square, along = tl.split(tl.sum(tl.join(y * y, dy * y), 1))  # one barrier for both
+        rstd = tl.rsqrt(square + EPS)
+        along *= rstd * rstd * rstd
+        dy = dy * rstd[:, None] - y * along[:, None]
+    return dy * slope
 
 
 @helper
-def _segment(segment_start, segment_length, chunk_segment, chunk, segments):
+def _segment(segment_start, segment_length, chunk_segment, chunk, segments, rows):
     """Segment of a chunk, its first row and length (0 where the chunk is unused)."""
     segment = tl.load(chunk_segment + chunk)
     used = (segment >= 0) & (segment < segments)
     segment = tl.where(used, segment, 0)
     start = tl.load(segment_start + segment, mask=used, other=0)
     length = tl.load(segment_length + segment, mask=used, other=0)
-    return segment, start, length
+    return segment, start, _extent(start, length, rows)
 
 
 @helper
 def _forward(
-    x, y, weight, state, entry_of, segment, start, length, chunk, rows, tokens, block,
+    x, y, weight, state, entry_of, segment, start, length, chunk, tokens, block,
     PART: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr, OUT: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, VS: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -114,7 +119,7 @@ def _forward(
     window = ()
     for back in tl.static_range(WIDTH - 1):
         value = _history(
-            x, entry_of, state, segment, start, first - (WIDTH - 1) + back, length, rows, tokens, column, valid,
+            x, entry_of, state, segment, start, first - (WIDTH - 1) + back, length, tokens, column, valid,
             channel, F, WIDTH, STRIDE, CHOICES, GATHER,
         )  # fmt: skip
         window = window + (value,)
@@ -123,23 +128,23 @@ def _forward(
         values = window
         for u in tl.static_range(UNROLL):
             value = _input(
-                x, entry_of, start, first + group + u, length, rows, tokens, column, valid, STRIDE, CHOICES, GATHER
+                x, entry_of, start, first + group + u, length, tokens, column, valid, STRIDE, CHOICES, GATHER
             )
             values = values + (value,)
         for u in tl.static_range(UNROLL):
             result = values[u] * taps[0]
             for tap in tl.static_range(1, WIDTH):
                 result += values[u + tap] * taps[tap]
-            result *= tl.sigmoid(result)
+            result *= sigmoid(result)
             if PART != 2:
                 result *= tl.rsqrt(tl.sum(result * result, 1) + EPS)[:, None]
-            result = tl.where(first + group + u < length, result, 0.0).to(y.dtype.element_ty)
-            tl.store(y + (chunk.to(tl.int64) * CHUNK + group + u) * OUT + target, result, mask=valid)
+            address = y + (chunk.to(tl.int64) * CHUNK + group + u) * OUT + target
+            tl.store(address, result.to(y.dtype.element_ty), mask=_where(group + u < count, valid))
         window = ()
         for back in tl.static_range(WIDTH - 1):
             window = window + (values[UNROLL + back],)
     zero = tl.zeros([BLOCK_H, BLOCK_K], y.dtype.element_ty)
-    for row in range((count + UNROLL - 1) // UNROLL * UNROLL, CHUNK):
+    for row in range(count, CHUNK):
         tl.store(y + (chunk.to(tl.int64) * CHUNK + row) * OUT + target, zero, mask=valid)
 
 
@@ -155,32 +160,82 @@ def conv_qkv_kernel(
     BLOCKS: tl.constexpr = 2 * KEY_BLOCKS + (VS + BLOCK_H * BLOCK_K - 1) // (BLOCK_H * BLOCK_K)
     F: tl.constexpr = 2 * H * K + VS
     chunk, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments)
+    segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments, rows)
     if block < KEY_BLOCKS:
         _forward(
-            q, q_out, weight, state, entry_of, segment, start, length, chunk, rows, tokens, block,
+            q, q_out, weight, state, entry_of, segment, start, length, chunk, tokens, block,
             0, H * K, 0, H * K, H, K, VS, F, WIDTH, CHOICES, CHUNK, UNROLL, BLOCK_H, BLOCK_K,
         )  # fmt: skip
     elif block < 2 * KEY_BLOCKS:
         _forward(
-            kv, k_out, weight, state, entry_of, segment, start, length, chunk, rows, tokens, block - KEY_BLOCKS,
+            kv, k_out, weight, state, entry_of, segment, start, length, chunk, tokens, block - KEY_BLOCKS,
             1, H * K + VS, 0, H * K, H, K, VS, F, WIDTH, CHOICES, CHUNK, UNROLL, BLOCK_H, BLOCK_K,
         )  # fmt: skip
     else:
         _forward(
-            kv, v_out, weight, state, entry_of, segment, start, length, chunk, rows, tokens, block - 2 * KEY_BLOCKS,
+            kv, v_out, weight, state, entry_of, segment, start, length, chunk, tokens, block - 2 * KEY_BLOCKS,
             2, H * K + VS, H * K, VS, H, K, VS, F, WIDTH, CHOICES, CHUNK, UNROLL, BLOCK_H, BLOCK_K,
         )  # fmt: skip
 
 
 @helper
+def _backward_rows(
+    dy, dfinal, x, entry_of, dx, window, grads, shares, taps, segment, start, length, chunk, row, count, tokens,
+    part_column, column, valid, channel,
+    NORM: tl.constexpr, GATHER: tl.constexpr, STRIDE: tl.constexpr, OUT: tl.constexpr, F: tl.constexpr,
+    WIDTH: tl.constexpr, CHOICES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the taps from ROWS rows, and of the inputs of the rows W-1 before them. Gives the inputs and
+    gradients that the next rows need, and the sums of the taps. LAST: rows may lie behind those of the chunk."""
+    first = chunk * CHUNK - start
+    incoming = ()
+    for u in tl.static_range(ROWS):
+        position = first + row + u
+        value = _input(x, entry_of, start, position, length, tokens, column, valid, STRIDE, CHOICES, GATHER)
+        window = window + (value,)
+        value = _input(dy, entry_of, start, position, length, tokens, part_column, valid, OUT, 1, False)
+        incoming = incoming + (value,)
+    for u in tl.static_range(ROWS):
+        linear = window[u] * taps[0]
+        for tap in tl.static_range(1, WIDTH):
+            linear += window[u + tap] * taps[tap]
+        grad = _grad_linear(linear, incoming[u], NORM)  # 0 behind the segment, as dy is
+        grads = grads + (grad,)
+        if LAST:
+            grad = tl.where(row + u < CHUNK, grad, 0.0)
+        added = ()
+        for tap in tl.static_range(WIDTH):
+            added = added + (shares[tap] + grad * window[u + tap],)
+        shares = added
+        # Tap t of position p reads position p - (W-1) + t: the last gradient for that of W-1 rows before.
+        total = grads[u + WIDTH - 1] * taps[0]
+        for tap in tl.static_range(1, WIDTH):
+            total += grads[u + WIDTH - 1 - tap] * taps[tap]
+        target = row + u - (WIDTH - 1)
+        own = (target >= 0) & (target < count)
+        if LAST and dfinal is not None:
+            slot = first + target - (length - (WIDTH - 1))
+            address = dfinal + (segment.to(tl.int64) * (WIDTH - 1) + slot) * F + channel
+            total += tl.load(address, mask=_where(own & (slot >= 0), valid), other=0.0).to(tl.float32)
+        address = dx + (chunk.to(tl.int64) * CHUNK + target) * STRIDE + column
+        tl.store(address, total.to(dx.dtype.element_ty), mask=_where(own, valid))
+    last_inputs = ()
+    last_grads = ()
+    for back in tl.static_range(WIDTH - 1):
+        last_inputs = last_inputs + (window[ROWS + back],)
+        last_grads = last_grads + (grads[ROWS + back],)
+    return last_inputs, last_grads, shares
+
+
+@helper
 def _backward(
-    dy, dfinal, x, weight, state, entry_of, dx, partial, segment, start, length, chunk, rows, tokens, block,
+    dy, dfinal, x, weight, state, entry_of, dx, partial, segment, start, length, chunk, tokens, block,
     PART: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr, OUT: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, VS: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     GATHER: tl.constexpr = PART == 0
+    NORM: tl.constexpr = PART != 2
     part_column, valid, channel = _columns(block, PART, H, K, VS, BLOCK_H, BLOCK_K)
     column = part_column + OFFSET
     first = chunk * CHUNK - start
@@ -190,56 +245,27 @@ def _backward(
     shares = ()
     for back in tl.static_range(WIDTH - 1):
         value = _history(
-            x, entry_of, state, segment, start, first - (WIDTH - 1) + back, length, rows, tokens, column, valid,
+            x, entry_of, state, segment, start, first - (WIDTH - 1) + back, length, tokens, column, valid,
             channel, F, WIDTH, STRIDE, CHOICES, GATHER,
         )  # fmt: skip
         window = window + (value,)
         grads = grads + (tl.zeros([BLOCK_H, BLOCK_K], tl.float32),)
     for _ in tl.static_range(WIDTH):
         shares = shares + (tl.zeros([BLOCK_H, BLOCK_K], tl.float32),)
-    # The rows of the next chunk that this chunk's inputs reach follow at the end.
     count = tl.minimum(tl.maximum(length - first, 0), CHUNK)
-    for group in range(0, tl.where(count > 0, count + WIDTH - 1, 0), UNROLL):
-        values = window
-        incoming = ()
-        for u in tl.static_range(UNROLL):
-            position = first + group + u
-            value = _input(x, entry_of, start, position, length, rows, tokens, column, valid, STRIDE, CHOICES, GATHER)
-            values = values + (value,)
-            value = _input(dy, entry_of, start, position, length, rows, tokens, part_column, valid, OUT, 1, False)
-            incoming = incoming + (value,)
-        all_grads = grads
-        for u in tl.static_range(UNROLL):
-            linear = values[u] * taps[0]
-            for tap in tl.static_range(1, WIDTH):
-                linear += values[u + tap] * taps[tap]
-            grad = _grad_linear(linear, incoming[u], PART != 2)
-            all_grads = all_grads + (grad,)
-            position = first + group + u
-            grad = tl.where(position < first + CHUNK, grad, 0.0)
-            added = ()
-            for tap in tl.static_range(WIDTH):
-                added = added + (shares[tap] + grad * values[u + tap],)
-            shares = added
-            # Tap t of position p reads position p - (W-1) + t: the last gradient for that of W-1 rows before.
-            total = all_grads[u + WIDTH - 1] * taps[0]
-            for tap in tl.static_range(1, WIDTH):
-                total += all_grads[u + WIDTH - 1 - tap] * taps[tap]
-            position -= WIDTH - 1
-            own = (position >= first) & (position < first + CHUNK)
-            if dfinal is not None:
-                slot = position - (length - (WIDTH - 1))
-                address = dfinal + (segment.to(tl.int64) * F + channel) * (WIDTH - 1) + slot
-                kept = (slot >= 0) & (position >= 0) & (position < length)
-                total += tl.load(address, mask=_where(kept, valid), other=0.0).to(tl.float32)
-            total = tl.where(position < length, total, 0.0).to(dx.dtype.element_ty)
-            address = dx + (chunk.to(tl.int64) * CHUNK + (position - first)) * STRIDE + column
-            tl.store(address, total, mask=_where(own, valid))
-        window = ()
-        grads = ()
-        for back in tl.static_range(WIDTH - 1):
-            window = window + (values[UNROLL + back],)
-            grads = grads + (all_grads[UNROLL + back],)
+    whole = count // UNROLL * UNROLL
+    for row in range(0, whole, UNROLL):
+        window, grads, shares = _backward_rows(
+            dy, dfinal, x, entry_of, dx, window, grads, shares, taps, segment, start, length, chunk, row, count, tokens,
+            part_column, column, valid, channel, NORM, GATHER, STRIDE, OUT, F, WIDTH, CHOICES, CHUNK, UNROLL, False,
+        )  # fmt: skip
+    # Then the rows of the next chunk that this chunk's last inputs reach.
+    STEP: tl.constexpr = WIDTH - 1 if WIDTH > 1 else 1
+    for row in range(whole, tl.where(count > 0, count + WIDTH - 1, 0), STEP):
+        window, grads, shares = _backward_rows(
+            dy, dfinal, x, entry_of, dx, window, grads, shares, taps, segment, start, length, chunk, row, count, tokens,
+            part_column, column, valid, channel, NORM, GATHER, STRIDE, OUT, F, WIDTH, CHOICES, CHUNK, STEP, True,
+        )  # fmt: skip
     zero = tl.zeros([BLOCK_H, BLOCK_K], dx.dtype.element_ty)
     for row in range(count, CHUNK):
         tl.store(dx + (chunk.to(tl.int64) * CHUNK + row) * STRIDE + column, zero, mask=valid)
@@ -254,25 +280,28 @@ def conv_qkv_bwd_kernel(
     H: tl.constexpr, K: tl.constexpr, VS: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's inputs, and its share of the taps' gradient: ``partial [chunks, WIDTH, F]``."""
+    """Gradients of one chunk's inputs, and its share of the taps' gradient: ``partial [chunks, WIDTH, F]``.
+
+    ``dfinal [segments, WIDTH - 1, F]`` is transposed: its channels are loaded as those of all others are.
+    """
     KEY_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     BLOCKS: tl.constexpr = 2 * KEY_BLOCKS + (VS + BLOCK_H * BLOCK_K - 1) // (BLOCK_H * BLOCK_K)
     F: tl.constexpr = 2 * H * K + VS
     chunk, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments)
+    segment, start, length = _segment(segment_start, segment_length, chunk_segment, chunk, segments, rows)
     if block < KEY_BLOCKS:
         _backward(
-            dq, dfinal, q, weight, state, entry_of, dq_rows, partial, segment, start, length, chunk, rows, tokens,
+            dq, dfinal, q, weight, state, entry_of, dq_rows, partial, segment, start, length, chunk, tokens,
             block, 0, H * K, 0, H * K, H, K, VS, F, WIDTH, CHOICES, CHUNK, UNROLL, BLOCK_H, BLOCK_K,
         )  # fmt: skip
     elif block < 2 * KEY_BLOCKS:
         _backward(
-            dk, dfinal, kv, weight, state, entry_of, dkv, partial, segment, start, length, chunk, rows, tokens,
+            dk, dfinal, kv, weight, state, entry_of, dkv, partial, segment, start, length, chunk, tokens,
             block - KEY_BLOCKS, 1, H * K + VS, 0, H * K, H, K, VS, F, WIDTH, CHOICES, CHUNK, UNROLL, BLOCK_H, BLOCK_K,
         )  # fmt: skip
     else:
         _backward(
-            dv, dfinal, kv, weight, state, entry_of, dkv, partial, segment, start, length, chunk, rows, tokens,
+            dv, dfinal, kv, weight, state, entry_of, dkv, partial, segment, start, length, chunk, tokens,
             block - 2 * KEY_BLOCKS, 2, H * K + VS, H * K, VS, H, K, VS, F, WIDTH, CHOICES, CHUNK, UNROLL, BLOCK_H,
             BLOCK_K,
         )  # fmt: skip
@@ -280,7 +309,7 @@ def conv_qkv_bwd_kernel(
 
 @helper
 def _edge(
-    dy, dfinal, x, weight, state, entry_of, out, segment, start, length, rows, tokens, block,
+    dy, dfinal, x, weight, state, entry_of, out, segment, start, length, tokens, block,
     PART: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr, OUT: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, VS: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -293,7 +322,7 @@ def _edge(
     if dy is None:
         for slot in tl.static_range(WIDTH - 1):
             value = _history(
-                x, entry_of, state, segment, start, length - (WIDTH - 1) + slot, length, rows, tokens, column, valid,
+                x, entry_of, state, segment, start, length - (WIDTH - 1) + slot, length, tokens, column, valid,
                 channel, F, WIDTH, STRIDE, CHOICES, GATHER,
             )  # fmt: skip
             tl.store(out + target + slot, value.to(out.dtype.element_ty), mask=valid)
@@ -303,7 +332,7 @@ def _edge(
         for back in tl.static_range(2 * WIDTH - 2):
             position = tl.full([], back - (WIDTH - 1), tl.int32)
             value = _history(
-                x, entry_of, state, segment, start, position, length, rows, tokens, column, valid, channel, F, WIDTH,
+                x, entry_of, state, segment, start, position, length, tokens, column, valid, channel, F, WIDTH,
                 STRIDE, CHOICES, GATHER,
             )  # fmt: skip
             values = values + (value,)
@@ -313,7 +342,7 @@ def _edge(
             for tap in tl.static_range(1, WIDTH):
                 linear += values[slot + tap] * taps[tap]
             position = tl.full([], slot, tl.int32)
-            value = _input(dy, entry_of, start, position, length, rows, tokens, part_column, valid, OUT, 1, False)
+            value = _input(dy, entry_of, start, position, length, tokens, part_column, valid, OUT, 1, False)
             grads = grads + (_grad_linear(linear, value, PART != 2),)
             total = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
             for before in tl.static_range(slot + 1):
@@ -336,20 +365,21 @@ def conv_qkv_edge_kernel(
     BLOCKS: tl.constexpr = 2 * KEY_BLOCKS + (VS + BLOCK_H * BLOCK_K - 1) // (BLOCK_H * BLOCK_K)
     F: tl.constexpr = 2 * H * K + VS
     segment, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    start, length = tl.load(segment_start + segment), tl.load(segment_length + segment)
+    start = tl.load(segment_start + segment)
+    length = _extent(start, tl.load(segment_length + segment), rows)
     if block < KEY_BLOCKS:
         _edge(
-            dq, dfinal, q, weight, state, entry_of, out, segment, start, length, rows, tokens, block,
+            dq, dfinal, q, weight, state, entry_of, out, segment, start, length, tokens, block,
             0, H * K, 0, H * K, H, K, VS, F, WIDTH, CHOICES, BLOCK_H, BLOCK_K,
         )  # fmt: skip
     elif block < 2 * KEY_BLOCKS:
         _edge(
-            dk, dfinal, kv, weight, state, entry_of, out, segment, start, length, rows, tokens, block - KEY_BLOCKS,
+            dk, dfinal, kv, weight, state, entry_of, out, segment, start, length, tokens, block - KEY_BLOCKS,
             1, H * K + VS, 0, H * K, H, K, VS, F, WIDTH, CHOICES, BLOCK_H, BLOCK_K,
         )  # fmt: skip
     else:
         _edge(
-            dv, dfinal, kv, weight, state, entry_of, out, segment, start, length, rows, tokens,
+            dv, dfinal, kv, weight, state, entry_of, out, segment, start, length, tokens,
             block - 2 * KEY_BLOCKS,
             2, H * K + VS, H * K, VS, H, K, VS, F, WIDTH, CHOICES, BLOCK_H, BLOCK_K,
         )  # fmt: skip

@@ -17,7 +17,9 @@ CHANNELS = 256
 """Of a row, for one program."""
 
 
-def _config(heads: int, head_dim: int, values: int, width: int, choices: int, unroll: int = 0) -> Config:
+def _config(
+    heads: int, head_dim: int, values: int, width: int, choices: int, unroll: int = 0, backward: bool = False
+) -> Config:
     block_k = next_power_of_2(max(head_dim, 16))
     # The interpreter pays for every operation on a tile, whatever its size.
     block_h = max((1 << 14 if INTERPRET else CHANNELS) // block_k, 1)
@@ -26,7 +28,8 @@ def _config(heads: int, head_dim: int, values: int, width: int, choices: int, un
     constants |= {"BLOCK_H": block_h, "BLOCK_K": block_k}
     if unroll:
         constants |= {"CHUNK": CHUNK, "UNROLL": unroll}
-    return Config(constants, num_warps=max(min(block_h * block_k, 512) // 128, 1))
+    # A thread takes 8 channels, one load of 16 bytes; in the backward 4, whose sums fill its registers.
+    return Config(constants, num_warps=max(min(block_h * block_k, 512) // (128 if backward else 256), 1))
 
 
 def _programs(count: int, config: Config) -> tuple[int]:
@@ -91,12 +94,13 @@ def conv_qkv_bwd(
     dq_rows, dkv = q.new_empty(rows, q.shape[1]), torch.empty_like(kv)
     partial = torch.empty(rows // CHUNK, width, weight.shape[0], dtype=torch.float32, device=q.device)
     dfinal, state = (dfinal_state, initial_state) if width > 1 else (None, None)
-    config = _config(*sizes, unroll=2 if width > 4 else 4)
+    by_slot = None if dfinal is None else dfinal.transpose(1, 2).contiguous()
+    config = _config(*sizes, unroll=2 if width > 4 else 4, backward=True)
     launch(
-        conv_qkv_bwd_kernel, _programs(rows // CHUNK, config), config, dq, dk, dv, dfinal, q, kv, weight, state,
+        conv_qkv_bwd_kernel, _programs(rows // CHUNK, config), config, dq, dk, dv, by_slot, q, kv, weight, state,
         entry_of, segment_start, segment_length, chunk_segment, dq_rows, dkv, partial, rows, tokens, segments,
     )  # fmt: skip
-    dweight = partial.sum(0).t().to(weight.dtype).contiguous()
+    dweight = partial.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format)
     if initial_state is None:
         return dq_rows, dkv, dweight, q.new_empty(0)
     dinitial = torch.empty_like(initial_state)
@@ -130,6 +134,7 @@ def variants() -> Iterator[KernelVariant]:
             config = _config(*shape, unroll=4)
             yield variant(label, conv_qkv_kernel, {**inputs, **more, **outputs, **sizes}, config, quick)
             outputs = {"dq_rows": kind, "dkv": kind, "partial": "*fp32"}
+            config = _config(*shape, unroll=4, backward=True)
             arguments = {**grads, **inputs, **more, **outputs, **sizes}
             yield variant(label, conv_qkv_bwd_kernel, arguments, config, quick)
             if width == 1:

@@ -117,6 +117,17 @@ def grouped_linear_dweight_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def ends_kernel(group_offset, ends, rows, G: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The groups' ends, rising and within the rows whatever the table holds."""
+    index = tl.arange(0, BLOCK_G)
+    highest = tl.zeros([BLOCK_G], tl.int32)
+    for group in range(G):
+        end = _group_bound(group_offset, group + 1, rows)
+        highest = tl.where(index >= group, tl.maximum(highest, end), highest)
+    tl.store(ends + index, highest, mask=index < G)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def zero_tail_kernel(
     y, ends, rows, G: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip

@@ -11,7 +11,7 @@ from torch.nn import functional
 from .._kernel_variant import KernelVariant
 from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from .._layout import CHUNK
-from .kernels import grouped_linear_dweight_kernel, grouped_linear_fwd_kernel, zero_tail_kernel
+from .kernels import ends_kernel, grouped_linear_dweight_kernel, grouped_linear_fwd_kernel, zero_tail_kernel
 
 # Both operands of the products are plain loads: Triton 3.6 puts no proxy fence before such a product in a pipelined
 # loop on sm_90, so the loops have one stage.
@@ -56,6 +56,10 @@ def _tail_config(groups: int, columns: int) -> Config:
     return Config({"G": groups, "N": columns, "BLOCK_R": 16, "BLOCK_N": _block(columns, 256)})
 
 
+def _ends_config(groups: int) -> Config:
+    return Config({"G": groups, "BLOCK_G": next_power_of_2(max(groups, 2))}, num_warps=1)
+
+
 def _use_library(x: Tensor, *others: Tensor) -> bool:
     """Whether torch's grouped_mm serves: it keeps the offsets on the device on sm_90 alone, in bfloat16, with rows of
     whole 16-byte units; elsewhere it copies them to the host."""
@@ -72,7 +76,9 @@ def _use_library(x: Tensor, *others: Tensor) -> bool:
 
 def _ends(group_offset: Tensor, rows: int) -> Tensor:
     """Where each group ends. A value of a table on a GPU is not checked by the host and must not lead outside."""
-    return group_offset[1:].clamp(0, rows).cummax(0).values
+    ends = torch.empty_like(group_offset[1:])
+    launch(ends_kernel, (1,), _ends_config(ends.shape[0]), group_offset, ends, rows)
+    return ends
 
 
 def grouped_linear_fwd(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
@@ -125,6 +131,9 @@ def variants() -> Iterator[KernelVariant]:
             config = _dweight_config(columns, inner, dtype)
             quick = groups == 5 and inner == 1024 and dtype == KERNEL_DTYPES[1]
             yield variant(label, grouped_linear_dweight_kernel, arguments, config, quick)
+    for groups in (5, 65):
+        arguments = {"group_offset": "*i32", "ends": "*i32", "rows": "i32"}
+        yield variant(f"G={groups}", ends_kernel, arguments, _ends_config(groups), groups == 5)
     for columns in (16, 100, 2048):
         config = _tail_config(5, columns)
         arguments = {"y": "*bf16", "ends": "*i32", "rows": "i32"}

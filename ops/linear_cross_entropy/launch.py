@@ -14,6 +14,9 @@ from .kernels import cross_entropy_kernel
 CHUNK_ELEMENTS = 1 << 27
 """Logits that are made at once: 256 MiB in 16 bit, products large enough for the matrix units."""
 
+TILE = 128
+"""Rows of the products' tiles: chunks are whole ones where they are larger."""
+
 
 def _config(vocabulary: int, grads: bool) -> Config:
     block_v = min(next_power_of_2(max(vocabulary, 16)), 4096)
@@ -38,6 +41,7 @@ def linear_cross_entropy_fwd(
     dx = torch.empty_like(x) if grads else x.new_empty(0)
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if grads else x.new_empty(0)
     step = max(CHUNK_ELEMENTS // max(vocabulary, 1), 1)
+    step -= step % TILE if step > TILE else 0
     config = _config(vocabulary, grads)
     for start in range(0, tokens, step):
         rows, labels = x[start : start + step], target[start : start + step]
