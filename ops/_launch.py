@@ -67,13 +67,12 @@ class Launch:
     def trace(self) -> None:
         """Make the launch a node of the graph that is being traced; sizes of the grid may be symbols."""
         traced = torch.library.wrap_triton(self.kernel)[self.grid]
+        constants, stages = dict(self.config.all_constants(overlap=False)), self.config.num_stages
+        if constants.get("FENCE"):
+            # Inline assembly hides from the graph which arguments the kernel writes; one stage needs none.
+            constants["FENCE"], stages = False, 1
         # Options other than these two have no place in a graph.
-        traced(
-            *self.args,
-            **self.config.all_constants(overlap=False),
-            num_warps=self.config.num_warps,
-            num_stages=self.config.num_stages,
-        )
+        traced(*self.args, **constants, num_warps=self.config.num_warps, num_stages=stages)
 
 
 _hook: Callable[[Launch], None] | None = None
