@@ -36,6 +36,8 @@ class Config:
     overlap: bool | None = None
     """None: the kernel knows nothing of it. True: it waits for the kernel before it by itself (its constant ``PDL``),
     and may be launched before that ends (programmatic dependent launch)."""
+    registers: int | None = None
+    """Most registers of a thread, where fewer than ptxas would take make room for a thread block more."""
 
     def all_constants(self, overlap: bool) -> Mapping[str, Any]:
         """The constants and, where the kernel knows of it, whether it overlaps."""
@@ -57,7 +59,7 @@ class Launch:
             return
         device = next(x.device for x in self.args if isinstance(x, Tensor))
         # Triton launches on the current device, which need not be that of the tensors.
-        settings = options(self.config.num_warps, self.config.num_stages)
+        settings = options(self.config.num_warps, self.config.num_stages, self.config.registers)
         overlap = bool(self.config.overlap) and _overlaps(device)
         if self.config.overlap is not None:
             settings["launch_pdl"] = overlap
@@ -126,9 +128,10 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+def options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
     """Launch options. Fusing products and sums is said aloud: its default differs between versions of Triton."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    limit = {} if registers is None else {"maxnreg": registers}
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **limit}
 
 
 def pointer(dtype: torch.dtype) -> str:
@@ -142,7 +145,9 @@ def variant(
     signature = {name: kind for name, kind in arguments.items() if kind is not None}
     absent = {name: None for name, kind in arguments.items() if kind is None}
     constants = {**absent, **config.all_constants(overlap=False)}
-    return KernelVariant(label, kernel, signature, constants, config.num_warps, config.num_stages, quick=quick)
+    return KernelVariant(
+        label, kernel, signature, constants, config.num_warps, config.num_stages, config.registers, quick=quick
+    )
 
 
 def next_power_of_2(n: int) -> int:

@@ -238,7 +238,7 @@ def chunk_bwd_kernel(
     if HAS_DELTA:
         dkk_tile = load_square(dkk + squares, row, square, HV * ROWS, 1)
     for start in range(0, K, BK):
-        # Before the products over V: behind them, Triton would sum in the layout of these loads, and move the tiles there.
+        # Before the products over V: behind them, Triton would move what it sums to the layout of these loads.
         q_tile = load_rows(q + source, row, start + col, H * K, count, K)
         k_tile = load_rows(k + source, row, start + col, H * K, count, K)
         # dq before dk, not in one loop over V: the sums of both do not fit the registers.

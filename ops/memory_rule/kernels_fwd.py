@@ -352,11 +352,15 @@ def chunk_scan_kernel(
         target = (first * HV + head) * V
         k_tiles = load_key_tiles(k + source, row, col, H * K, count, K, NK, PRECISION)
         v_tile = load_rows(v + target, row, value, HV * V, count, V).to(tl.float32)
-        for b in tl.static_range(NK):
-            store_state(states + (chunk * HV + head) * K * V, state[b], b * BK + col, value, K, V)
+        before = states + (chunk * HV + head) * K * V
+        if not HAS_DELTA:
+            for b in tl.static_range(NK):
+                store_state(before, state[b], b * BK + col, value, K, V)
         if HAS_DELTA:
             read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             for b in tl.static_range(NK):
+                # One tile after the other, so that they can share their place in shared memory.
+                store_state(before, state[b], b * BK + col, value, K, V)
                 k_tile = key_tile(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
                 read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
             if HAS_GATE:

@@ -63,7 +63,7 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     # float32 products run on the plain units with their operands in registers: small blocks, more threads.
     wide, large = heads.dtype == torch.float32, shared_kb >= LARGE_KB
     bk, bv, warps = (min(key, 32), min(value, 32), 8) if wide else (min(key, 64), min(value, 64), 4)
-    stages = 1
+    stages, registers = 1, None
     if kernel is chunk_scan_kernel and not heads.delta and not wide:
         bk, bv, stages = _plain_scan_blocks(heads, large, chains)
     elif kernel is chunk_scan_kernel and not wide:
@@ -79,14 +79,14 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     elif kernel is chunk_bwd_kernel and not wide:
         stages = 3 if heads.gate or not heads.delta else 2  # two thread blocks a processor
     elif kernel in (chunk_pairs_kernel, chunk_pairs_bwd_kernel) and not wide and large:
-        stages = 3
+        stages, registers = 3, 168  # three thread blocks a processor
     constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
     constants["HAS_DELTA"] = heads.delta
     if kernel is not chunk_scan_bwd_kernel:
         computed = kernel is chunk_scan_kernel and (heads.gate or heads.delta)
         constants["FENCE"] = stages > 1 and not (FENCED or computed)
     if kernel is chunk_pairs_kernel:
-        return Config(constants, warps, stages), 1
+        return Config(constants, warps, stages, registers=registers), 1
     constants |= {"V": heads.V, "BV": bv}
     blocks = cdiv(heads.V, bv)
     if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
@@ -98,7 +98,7 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
         constants["STAGES"], blocks = stages, 1
     elif kernel is chunk_bwd_kernel:
         blocks = 1
-    return Config(constants, warps, stages), blocks
+    return Config(constants, warps, stages, registers=registers), blocks
 
 
 def _scan_blocks(
