@@ -79,7 +79,7 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     elif kernel is chunk_bwd_kernel and not wide:
         stages = 3 if heads.gate or not heads.delta else 2  # two thread blocks a processor
     elif kernel in (chunk_pairs_kernel, chunk_pairs_bwd_kernel) and not wide and large:
-        stages, registers = 3, 168  # three thread blocks a processor
+        stages, registers = 3, 168 if heads.delta else None  # three thread blocks a processor
     constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
     constants["HAS_DELTA"] = heads.delta
     if kernel is not chunk_scan_bwd_kernel:
