@@ -146,7 +146,9 @@ def _entry(function: Function, smallest: int, largest: int, calls: Mapping[Units
     kernel = call.kernel.fn.__name__.removesuffix("_kernel")
     label = f"{function.name}.{kernel}"
     config = call.config
-    variant = KernelVariant(label, call.kernel, signature, constants, config.num_warps, config.num_stages)
+    variant = KernelVariant(
+        label, call.kernel, signature, constants, config.num_warps, config.num_stages, config.registers
+    )
 
     arguments = []
     for position, name in enumerate(names):

@@ -41,7 +41,9 @@ def route_variant(memories: int, topk: int) -> KernelVariant:
 
 def _variant(kernel: Any, types: dict[str, str], config: Config, constants: dict[str, Any]) -> KernelVariant:
     merged = {**config.constants, **constants}
-    return KernelVariant(kernel.fn.__name__, kernel, types, merged, config.num_warps, config.num_stages)
+    return KernelVariant(
+        kernel.fn.__name__, kernel, types, merged, config.num_warps, config.num_stages, config.registers
+    )
 
 
 def register_plugins() -> tuple[str, ...]:

@@ -64,13 +64,14 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Binary:
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)
+    settings = options(variant.num_warps, variant.num_stages, variant.registers)
 
     def build(again: bool) -> tuple[Any, str]:
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), io.StringIO() as log:
             triton.knobs.nvidia.dump_ptxas_log = True
             triton.knobs.compilation.always_compile |= again
             with contextlib.redirect_stdout(log):
-                compiled = triton.compile(source, target=target, options=options(variant.num_warps, variant.num_stages))
+                compiled = triton.compile(source, target=target, options=settings)
             return compiled, log.getvalue()
 
     compiled, log = build(False)

@@ -20,7 +20,7 @@ class KernelVariant:
         kernel: the ``@triton.jit`` function.
         signature: argument name -> Triton type (``"*fp32"``, ``"i32"``, ``"fp32"``), constexpr arguments left out.
         constants: constexpr argument name -> value (an absent pointer is a constant None).
-        num_warps, num_stages: launch options.
+        num_warps, num_stages, registers: launch options; registers: the most of a thread, None without a limit.
         architectures: compute capabilities (times ten) that this configuration serves.
         quick: compiled by every test run; the others by ``make kernels``.
     """
@@ -31,5 +31,6 @@ class KernelVariant:
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    registers: int | None = None
     architectures: tuple[int, ...] = tuple(SHARED_MEMORY_KB)
     quick: bool = False

@@ -36,6 +36,8 @@ class Config:
     overlap: bool | None = None
     """None: the kernel knows nothing of it. True: it waits for the kernel before it by itself (its constant ``PDL``),
     and may be launched before that ends (programmatic dependent launch)."""
+    registers: int | None = None
+    """Most registers of a thread, where fewer than ptxas would take make room for a thread block more."""
 
     def all_constants(self, overlap: bool) -> Mapping[str, Any]:
         """The constants and, where the kernel knows of it, whether it overlaps."""
@@ -57,7 +59,7 @@ class Launch:
             return
         device = next(x.device for x in self.args if isinstance(x, Tensor))
         # Triton launches on the current device, which need not be that of the tensors.
-        settings = options(self.config.num_warps, self.config.num_stages)
+        settings = options(self.config.num_warps, self.config.num_stages, self.config.registers)
         overlap = bool(self.config.overlap) and _overlaps(device)
         if self.config.overlap is not None:
             settings["launch_pdl"] = overlap
@@ -67,13 +69,12 @@ class Launch:
     def trace(self) -> None:
         """Make the launch a node of the graph that is being traced; sizes of the grid may be symbols."""
         traced = torch.library.wrap_triton(self.kernel)[self.grid]
+        constants, stages = dict(self.config.all_constants(overlap=False)), self.config.num_stages
+        if constants.get("FENCE"):
+            # Inline assembly hides from the graph which arguments the kernel writes; one stage needs none.
+            constants["FENCE"], stages = False, 1
         # Options other than these two have no place in a graph.
-        traced(
-            *self.args,
-            **self.config.all_constants(overlap=False),
-            num_warps=self.config.num_warps,
-            num_stages=self.config.num_stages,
-        )
+        traced(*self.args, **constants, num_warps=self.config.num_warps, num_stages=stages)
 
 
 _hook: Callable[[Launch], None] | None = None
@@ -127,9 +128,10 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+def options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
     """Launch options. Fusing products and sums is said aloud: its default differs between versions of Triton."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    limit = {} if registers is None else {"maxnreg": registers}
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **limit}
 
 
 def pointer(dtype: torch.dtype) -> str:
@@ -143,7 +145,9 @@ def variant(
     signature = {name: kind for name, kind in arguments.items() if kind is not None}
     absent = {name: None for name, kind in arguments.items() if kind is None}
     constants = {**absent, **config.all_constants(overlap=False)}
-    return KernelVariant(label, kernel, signature, constants, config.num_warps, config.num_stages, quick=quick)
+    return KernelVariant(
+        label, kernel, signature, constants, config.num_warps, config.num_stages, config.registers, quick=quick
+    )
 
 
 def next_power_of_2(n: int) -> int:

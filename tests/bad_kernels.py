@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mom_compile.ops.memory_rule.kernels_fwd import fence_copies
+
 
 @triton.jit
 def product_of_product(a, b, out, N: tl.constexpr):
@@ -17,14 +19,15 @@ def product_of_product(a, b, out, N: tl.constexpr):
 
 
 @triton.jit
-def product_of_loads(a, b, out, steps, N: tl.constexpr):
-    """Both operands are plain loads, in a loop that may be pipelined."""
+def product_of_loads(a, b, out, steps, N: tl.constexpr, FENCE: tl.constexpr):
+    """Both operands are plain loads, in a loop that may be pipelined; good with the fence."""
     row = tl.arange(0, N)
     tile = row[:, None] * N + row[None, :]
     total = tl.zeros([N, N], tl.float32)
     for step in range(steps):
         left = tl.load(a + step * (N * N) + tile)
         right = tl.load(b + step * (N * N) + tile)
+        fence_copies(FENCE)
         total = tl.dot(left, right, total)
     tl.store(out + tile, total)
 

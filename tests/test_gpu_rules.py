@@ -112,20 +112,21 @@ def test_accuracy_by_rule(rule: str, key: int, value: int) -> None:
     _check(rule, key, value, "random")
 
 
+@pytest.mark.parametrize("rule", ["gated_delta", "delta", "linear"])
 @pytest.mark.parametrize("chains", ["few", "many"])
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (100, 100), (128, 128), (256, 256)])
-def test_repeats_are_bit_equal(key: int, value: int, chains: str) -> None:
+def test_repeats_are_bit_equal(key: int, value: int, chains: str, rule: str) -> None:
     """Few chains take the scans' narrow blocks. Other work runs in between, so that shared memory changes hands."""
     bounds = torch.tensor([0, 2048]) if chains == "few" else torch.arange(41) * 64
     tokens = int(bounds[-1])
     plan = ops.dispatch(torch.empty(tokens, 0, dtype=torch.int64), bounds, 0, None, True)
-    inputs = _inputs("gated_delta", plan, key, value, "random")
+    inputs = _inputs(rule, plan, key, value, "random")
     grad = torch.randn(plan.entry_of.shape[0], 2, value).bfloat16()
     noise = torch.randn(512, 512).bfloat16()
-    first = _run("gated_delta", inputs, key**-0.5, plan, grad)
+    first = _run(rule, inputs, key**-0.5, plan, grad)
     for _ in range(50):
         noise @ noise
-        again = _run("gated_delta", inputs, key**-0.5, plan, grad)
+        again = _run(rule, inputs, key**-0.5, plan, grad)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from aot import collect, name_of
 from support import INTERPRET
 
 from mom_compile.ops._aot import compile_variant
 from mom_compile.ops._kernel_variant import SHARED_MEMORY_KB, KernelVariant
+from mom_compile.ops._launch import Config, Launch
 
 triton = pytest.importorskip("triton")
 if INTERPRET:
@@ -39,3 +43,15 @@ def test_every_kernel_has_a_quick_variant() -> None:
 @pytest.mark.parametrize(("variant", "architecture"), _cases())
 def test_compiles_without_hazards(variant: KernelVariant, architecture: int) -> None:
     assert compile_variant(variant, architecture).hazards == ()
+
+
+def test_a_traced_launch_has_no_fence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inline assembly would make the graph copy every argument; one stage needs none."""
+    traced: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: {(1,): lambda **given: traced.append(given)})
+    for stages, fence in ((3, True), (2, False)):
+        Launch(None, (1,), Config({"FENCE": fence}, 4, stages), ()).trace()
+    assert traced == [
+        {"FENCE": False, "num_warps": 4, "num_stages": 1},
+        {"FENCE": False, "num_warps": 4, "num_stages": 2},
+    ]

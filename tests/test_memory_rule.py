@@ -12,6 +12,8 @@ from torch import Tensor
 import mom_compile.ops as ops
 from mom_compile.ops import RULES, permute
 from mom_compile.ops.memory_rule import chunk_rows, recurrence_reference, segments_reference
+from mom_compile.ops.memory_rule.op import CHUNK_OPS
+from mom_compile.ops.memory_rule.rules import SAVE_ALL, SAVE_INVERSE, SAVE_SCORES, SAVE_V_NEW
 
 CASES = plan_cases()
 
@@ -101,6 +103,34 @@ def test_chunk_on_a_routed_plan(rule: str, name: str) -> None:
     final_state = function(*inputs, state)[1]
     empty = plan.segment_length == 0
     assert torch.equal(final_state[empty], state[empty])
+
+
+@pytest.mark.parametrize("save", [0, SAVE_INVERSE | SAVE_SCORES | SAVE_V_NEW, SAVE_ALL])
+@pytest.mark.parametrize(("rule", "with_state"), [("gated_delta", True), ("gated_delta", False), ("delta", True)])
+def test_gradients_from_what_was_saved(rule: str, with_state: bool, save: int) -> None:
+    """What the forward did not keep is computed again; what it keeps is zero in chunks that no segment uses."""
+    plan, tokens, segments = CASES["masked"]()
+    inputs = [x for x in rule_inputs(rule, (tokens,)) if x is not None]
+    inputs = [permute(x.flatten(1), plan).view(-1, *x.shape[1:]) for x in inputs]
+    inputs += [torch.randn(segments, 4, 16, 8)] * with_state
+    tables = plan.segment_start, plan.segment_length
+    real = (plan.entry_of >= 0).view(-1, 1, 1)
+    saved: list[Tensor] = []
+
+    def function(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = rest if with_state else (*rest, None)
+        o, final_state, *saved[:] = CHUNK_OPS[rule](q, k, v, *arguments, *plan.segments, 0.25, save)
+        return o * real, final_state
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return segments_reference(q, k, v, *_split(rule, rest), 0.25, rest[-1] if with_state else None, *tables)
+
+    assert_parity(function, reference, inputs)
+    unused = plan.chunk_segment < 0
+    assert unused.any()
+    for kept in saved:
+        if kept.numel():
+            assert not kept.reshape(unused.shape[0], -1)[unused].any()
 
 
 @pytest.mark.parametrize("length", [1, 3, 70])

@@ -29,13 +29,16 @@ def _program(*lines: str) -> str:
     return f".version 8.7\n.target sm_90a\n.visible .entry kernel(\n.param .u64 p0\n)\n.reqntid 128\n{{\n{body}\n}}\n"
 
 
-def _compile(name: str, num_warps: int = 4, num_stages: int = 1, N: int = 64, kind: str = "*bf16") -> Binary:
+def _compile(
+    name: str, num_warps: int = 4, num_stages: int = 1, N: int = 64, kind: str = "*bf16", fence: bool = False
+) -> Binary:
     import bad_kernels
 
     kernel = getattr(bad_kernels, name)
     types = {"a": kind, "b": kind, "out": "*fp32", "steps": "i32"}
     signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-    return compile_variant(KernelVariant(name, kernel, signature, {"N": N}, num_warps, num_stages), 90)
+    constants = {"N": N} | ({"FENCE": fence} if "FENCE" in kernel.arg_names else {})
+    return compile_variant(KernelVariant(name, kernel, signature, constants, num_warps, num_stages), 90)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,10 @@ def test_a_compiled_product_of_loads() -> None:
     assert len(unfenced_products(re.sub(r"fence\.proxy\.async\S*;", "", good.ptx))) == 1
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
     assert bool(_compile("product_of_loads", num_stages=3).hazards) == (version < (3, 7, 1))
+
+
+def test_a_fence_of_our_own() -> None:
+    assert _compile("product_of_loads", num_stages=3, fence=True).hazards == ()
 
 
 def test_messages_are_read_when_the_kernel_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:

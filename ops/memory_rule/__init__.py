@@ -57,11 +57,11 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 def _save(*tensors: Tensor | None) -> int:
-    """What the forward keeps: v_new on the CPU, the two small matrices on a GPU, nothing in inference."""
+    """What the forward keeps: v_new, on a GPU the two small matrices as well; nothing in inference."""
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
         return 0
     q = tensors[0]
-    return SAVE_INVERSE | SAVE_SCORES if q is not None and q.is_cuda else SAVE_V_NEW
+    return SAVE_V_NEW | SAVE_INVERSE | SAVE_SCORES if q is not None and q.is_cuda else SAVE_V_NEW
 
 
 def chunk_rows(

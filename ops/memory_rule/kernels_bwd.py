@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .kernels_fwd import (
     ROWS,
+    block_of,
+    fence_copies,
     key_tile,
     key_tile_t,
     load_gate,
@@ -39,10 +41,10 @@ def chunk_scan_bwd_kernel(
 
     Writes the gradient of the state after each chunk, and of w (of v without the delta).
     """
-    pid = tl.program_id(0)
+    pid, block = block_of(tl.cdiv(V, BV))
     segment, head = (pid // HV).to(tl.int64), pid % HV
     row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
-    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    value = block * BV + tl.arange(0, BV)
     start, length = load_span(segment_start, segment_length, segment, rows)
     state_offset = (segment * HV + head) * K * V
     state = ()
@@ -116,10 +118,10 @@ def chunk_scan_bwd_kernel(
 
 @triton.jit(do_not_specialize=["segments", "scale"])
 def chunk_pairs_bwd_kernel(
-    q, k, v, g, beta, v_new, do, dw, segment_start, segment_length, chunk_segment, segments, dqk, dkk,
+    k, v, g, beta, scores, v_new, do, dw, segment_start, segment_length, chunk_segment, segments, dqk, dkk,
     dv, dgate, dbeta, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, STAGES: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The 64x64 gradients of one chunk and value head: of q k^T and of k k^T (made symmetric), and what they give to
     the cumulative decay and to beta. Also dv where the write is a delta."""
@@ -148,36 +150,34 @@ def chunk_pairs_bwd_kernel(
     for start in range(0, V, BV):
         do_tile = load_rows(do + target, row, start + value, HV * V, count, V)
         new_tile_t = load_rows_t(v_new + target, row, start + value, HV * V, count, V)
+        fence_copies(FENCE)
         dp = product(do_tile, new_tile_t, dp, PRECISION)
-    dp = tl.where(lower, dp * scale, 0.0)
+    dp = tl.where(lower, dp, 0.0)
     if HAS_GATE:
+        pairs = dp * load_square(scores + squares, row, square, HV * ROWS, 1).to(tl.float32)
+        cumulative = tl.sum(pairs, 1) - tl.sum(pairs, 0)
         dp *= decay
-    store_rows(dqk + squares, dp, row, square, HV * ROWS, ROWS)
-    if HAS_GATE:
-        qk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
-        for start in range(0, K, BK):
-            k_tile_t = load_rows_t(k + source, row, start + col, H * K, count, K)
-            q_tile = load_rows(q + source, row, start + col, H * K, count, K)
-            qk = product(q_tile, k_tile_t, qk, PRECISION)
-        dp *= qk
-        cumulative = tl.sum(dp, 1) - tl.sum(dp, 0)
+    store_rows(dqk + squares, dp * scale, row, square, HV * ROWS, ROWS)
 
     if HAS_DELTA:
         rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
         along_v = tl.full([ROWS], 0.0, dtype=tl.float32)
         r = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
-        for start in range(0, V, BV):
+        for start in tl.range(0, V, BV, num_stages=STAGES):
             dw_tile = load_rows(dw + target, row, start + value, HV * V, count, V)
             new_tile_t = load_rows_t(v_new + target, row, start + value, HV * V, count, V)
-            r = product(dw_tile, new_tile_t, r, PRECISION)
             v_tile = load_rows(v + target, row, start + value, HV * V, count, V).to(tl.float32)
+            fence_copies(FENCE)
+            r = product(dw_tile, new_tile_t, r, PRECISION)
             along_v += tl.sum(dw_tile.to(tl.float32) * v_tile, 1)
             store_rows(dv + target, dw_tile.to(tl.float32) * rate[:, None], row, start + value, HV * V, V)
         r = tl.where(strict, r, 0.0)
         kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
         for start in range(0, K, BK):
-            k_tile_t = load_rows_t(k + source, row, start + col, H * K, count, K)
-            k_tile = load_rows(k + source, row, start + col, H * K, count, K)
+            k_tiles = load_key_tiles(k + source, row, start + col, H * K, count, K, 1, PRECISION)
+            k_tile = key_tile(k_tiles, 0, k + source, row, start + col, H * K, count, K, PRECISION)
+            k_tile_t = key_tile_t(k_tiles, 0, k + source, row, start + col, H * K, count, K, PRECISION)
+            fence_copies(FENCE)
             kk = product(k_tile, k_tile_t, kk, PRECISION)
         if HAS_GATE:
             kk *= decay
@@ -199,7 +199,7 @@ def chunk_bwd_kernel(
     q, k, gates, v_new, do, dw, states, dstates, dqk, dkk, gate_part, beta_part, segment_start, segment_length,
     chunk_segment, segments, dq, dk, dg, dbeta, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and dk (one per value head), dg and dbeta of one chunk and value head."""
     pid = tl.program_id(0)
@@ -233,37 +233,45 @@ def chunk_bwd_kernel(
     read_k = tl.full([ROWS], 0.0, dtype=tl.float32)  # <dw_i, what k_i read from the state>
     write = tl.full([ROWS], 0.0, dtype=tl.float32)
     carried = tl.full([BV // 8, BK], 0.0, dtype=tl.float32)  # <S0, dS1>
+    dqk_tile = load_square(dqk + squares, row, square, HV * ROWS, 1)
+    dqk_tile_t = load_square_t(dqk + squares, row, square, HV * ROWS, PRECISION)
+    if HAS_DELTA:
+        dkk_tile = load_square(dkk + squares, row, square, HV * ROWS, 1)
     for start in range(0, K, BK):
+        # Before the products over V: behind them, Triton would move what it sums to the layout of these loads.
+        q_tile = load_rows(q + source, row, start + col, H * K, count, K)
+        k_tile = load_rows(k + source, row, start + col, H * K, count, K)
+        # dq before dk, not in one loop over V: the sums of both do not fit the registers.
         dq_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
-        dk_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
-        dk_read = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
-        # dq before dk, not in one loop over V: the accumulators of both do not fit the registers.
         for at in range(0, V, BV):
             s_tile_t = load_state_t(states + state_offset, start + col, at + value, K, V)
             do_tile = load_rows(do + target, row, at + value, HV * V, count, V)
+            fence_copies(FENCE)
             dq_tile = product(do_tile, s_tile_t, dq_tile, PRECISION)
+        dq_tile *= scale
+        if HAS_GATE:
+            dq_tile *= from_start[:, None]
+            read_q += tl.sum(q_tile.to(tl.float32) * dq_tile, 1)
+        dq_tile = product(dqk_tile, k_tile, dq_tile, PRECISION)
+        store_rows(dq + result, dq_tile, row, start + col, HV * K, K)
+
+        dk_tile = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
+        dk_read = tl.full([ROWS, BK], 0.0, dtype=tl.float32)
         for at in range(0, V, BV):
             ds_tile_t = load_state_t(dstates + state_offset, start + col, at + value, K, V)
             new_tile = load_rows(v_new + target, row, at + value, HV * V, count, V)
             if HAS_DELTA or HAS_GATE:
                 s_tile_t = load_state_t(states + state_offset, start + col, at + value, K, V)
-            dk_tile = product(new_tile, ds_tile_t, dk_tile, PRECISION)
             if HAS_DELTA:
                 dw_tile = load_rows(dw + target, row, at + value, HV * V, count, V)
+            fence_copies(FENCE)
+            dk_tile = product(new_tile, ds_tile_t, dk_tile, PRECISION)
+            if HAS_DELTA:
                 dk_read = product(dw_tile, s_tile_t, dk_read, PRECISION)
             if HAS_GATE:
                 # Summed over what one thread has loaded: a sum over a whole axis is a barrier in each step.
                 both = s_tile_t.to(tl.float32) * ds_tile_t.to(tl.float32)
                 carried += tl.sum(tl.reshape(both, [BV // 8, 8, BK]), 1)
-        dq_tile *= scale
-        k_tile = load_rows(k + source, row, start + col, H * K, count, K)
-        q_tile = load_rows(q + source, row, start + col, H * K, count, K)
-        if HAS_GATE:
-            dq_tile *= from_start[:, None]
-            read_q += tl.sum(q_tile.to(tl.float32) * dq_tile, 1)
-        dqk_tile = load_square(dqk + squares, row, square, HV * ROWS, 1)
-        dq_tile = product(dqk_tile, k_tile, dq_tile, PRECISION)
-        store_rows(dq + result, dq_tile, row, start + col, HV * K, K)
         if HAS_GATE:
             dk_tile *= to_end[:, None]
             write += tl.sum(k_tile.to(tl.float32) * dk_tile, 1)
@@ -272,9 +280,7 @@ def chunk_bwd_kernel(
                 dk_read *= from_start[:, None]
             read_k += tl.sum(k_tile.to(tl.float32) * dk_read, 1)
             dk_tile -= dk_read * rate[:, None]
-            dkk_tile = load_square(dkk + squares, row, square, HV * ROWS, 1)
             dk_tile = product(dkk_tile, k_tile, dk_tile, PRECISION)
-        dqk_tile_t = load_square(dqk + squares, row, square, 1, HV * ROWS)
         dk_tile = product(dqk_tile_t, q_tile, dk_tile, PRECISION)
         store_rows(dk + result, dk_tile, row, start + col, HV * K, K)
     if HAS_DELTA:

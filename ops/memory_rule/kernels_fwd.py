@@ -16,6 +16,14 @@ STRONGEST = tl.constexpr(-110.0)
 
 
 @helper
+def block_of(blocks: tl.constexpr):
+    """The first axis of the grid holds the blocks of one chain, or chunk, side by side: they read the same rows, which
+    then are in the cache."""
+    pid = tl.program_id(0)
+    return pid // blocks, pid % blocks
+
+
+@helper
 def load_segment(chunk_segment, chunk, segments):
     """The segment of a chunk, -1 for none. The host does not check tables on a GPU, so no value may lead outside."""
     segment = tl.load(chunk_segment + chunk)
@@ -111,6 +119,14 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         return acc + tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@helper
+def fence_copies(FENCE: tl.constexpr):
+    """Before products of which both operands are pipelined loads: the proxy fence behind the wait for these loads,
+    which Triton itself puts there from 3.7.1 on."""
+    if FENCE:
+        tl.inline_asm_elementwise("fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1)
 
 
 @helper
@@ -254,7 +270,7 @@ def load_gates(gates, row, inside, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constex
 def chunk_pairs_kernel(
     q, k, g, beta, segment_start, segment_length, chunk_segment, segments, inverse, scores, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A and P of one chunk and value head."""
     pid = tl.program_id(0)
@@ -276,10 +292,12 @@ def chunk_pairs_kernel(
     kk = tl.full([ROWS, ROWS], 0.0, dtype=tl.float32)
     for start in range(0, K, BK):
         q_tile = load_rows(q + source, row, start + col, H * K, count, K)
-        k_tile_t = load_rows_t(k + source, row, start + col, H * K, count, K)
+        k_tiles = load_key_tiles(k + source, row, start + col, H * K, count, K, 1, PRECISION)
+        k_tile_t = key_tile_t(k_tiles, 0, k + source, row, start + col, H * K, count, K, PRECISION)
+        fence_copies(FENCE)
         qk = product(q_tile, k_tile_t, qk, PRECISION)
         if HAS_DELTA:
-            k_tile = load_rows(k + source, row, start + col, H * K, count, K)
+            k_tile = key_tile(k_tiles, 0, k + source, row, start + col, H * K, count, K, PRECISION)
             kk = product(k_tile, k_tile_t, kk, PRECISION)
     if HAS_GATE:
         high, low = load_gate(g + first * HV + head, row, count, HV)
@@ -299,13 +317,15 @@ def chunk_pairs_kernel(
 def chunk_scan_kernel(
     k, v, gates, inverse, initial_state, segment_start, segment_length, rows, final_state, states, v_new,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
-    BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state through the chunks of one segment, for one value head and block of V; NK tiles of BK rows of it."""
-    pid = tl.program_id(0)
+    """The state through the chunks of one segment, for one value head and block of the state: NK tiles of BK rows, BV
+    columns. With the delta a block has all rows."""
+    pid, block = block_of(tl.cdiv(K, NK * BK) * tl.cdiv(V, BV))
     segment, head = (pid // HV).to(tl.int64), pid % HV
-    row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
-    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    row, square = tl.arange(0, ROWS), tl.arange(0, ROWS)
+    col = block // tl.cdiv(V, BV) * (NK * BK) + tl.arange(0, BK)
+    value = block % tl.cdiv(V, BV) * BV + tl.arange(0, BV)
     start, length = load_span(segment_start, segment_length, segment, rows)
     state_offset = (segment * HV + head) * K * V
     state = ()
@@ -332,11 +352,15 @@ def chunk_scan_kernel(
         target = (first * HV + head) * V
         k_tiles = load_key_tiles(k + source, row, col, H * K, count, K, NK, PRECISION)
         v_tile = load_rows(v + target, row, value, HV * V, count, V).to(tl.float32)
-        for b in tl.static_range(NK):
-            store_state(states + (chunk * HV + head) * K * V, state[b], b * BK + col, value, K, V)
+        before = states + (chunk * HV + head) * K * V
+        if not HAS_DELTA:
+            for b in tl.static_range(NK):
+                store_state(before, state[b], b * BK + col, value, K, V)
         if HAS_DELTA:
             read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             for b in tl.static_range(NK):
+                # One tile after the other, so that they can share their place in shared memory.
+                store_state(before, state[b], b * BK + col, value, K, V)
                 k_tile = key_tile(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
                 read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
             if HAS_GATE:
@@ -348,6 +372,7 @@ def chunk_scan_kernel(
             store_rows(v_new + target, v_tile, row, value, HV * V, V)
         if HAS_GATE:
             v_tile *= to_end[:, None]
+        fence_copies(FENCE)
         after = ()
         for b in tl.static_range(NK):
             k_tile_t = key_tile_t(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
@@ -364,25 +389,28 @@ def chunk_scan_kernel(
 def chunk_out_kernel(
     q, gates, v_new, scores, states, segment_start, segment_length, chunk_segment, segments, o, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one chunk, value head and block of V."""
-    pid = tl.program_id(0)
+    pid, block = block_of(tl.cdiv(V, BV))
     chunk, head = (pid // HV).to(tl.int64), pid % HV
     row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
-    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    value = block * BV + tl.arange(0, BV)
     first = chunk * ROWS
     target = (first * HV + head) * V
     out = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
     segment = load_segment(chunk_segment, chunk, segments)
     if segment < 0:
         store_rows(o + target, out, row, value, HV * V, V)
+        if HAS_DELTA:  # not v itself: it may be kept, and no scan came by here
+            store_rows(v_new + target, out, row, value, HV * V, V)
         return
     count = valid_rows(segment_start, segment_length, segment, chunk)
     source = (first * H + head // (HV // H)) * K
     for start in range(0, K, BK):
         q_tile = load_rows(q + source, row, start + col, H * K, count, K)
         s_tile = load_state(states + (chunk * HV + head) * K * V, start + col, value, K, V)
+        fence_copies(FENCE)
         out = product(q_tile, s_tile, out, PRECISION)
     if HAS_GATE:
         out *= tl.load(gates + (chunk * HV + head) * (3 * ROWS) + row)[:, None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernels_fwd import block_of
+
 
 @triton.jit(do_not_specialize=["tokens", "pool", "scale"])
 def recurrent_kernel(
@@ -13,9 +15,9 @@ def recurrent_kernel(
     HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr,
 ):  # fmt: skip
     """One sequence, value head and block of V; BK covers K. The state is advanced in place."""
-    pid = tl.program_id(0)
+    pid, block = block_of(tl.cdiv(V, BV))
     sequence, head = (pid // HV).to(tl.int64), pid % HV
-    key, value = tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    key, value = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     if cu_seqlens is None:
         begin = sequence * tokens
         end = begin + tokens

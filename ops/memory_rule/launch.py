@@ -21,7 +21,7 @@ from .kernels_recurrent import recurrent_kernel
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
 
 LARGE_KB = 200
-"""Shared memory from which the scans take larger blocks."""
+"""Shared memory from which the kernels take larger blocks and more stages."""
 PROCESSORS = 132
 """Thread blocks that the scans aim at: fewer leave processors idle, and each step waits for the one before."""
 MANY = 1 << 20
@@ -42,13 +42,14 @@ class _Heads(NamedTuple):
 
 
 def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> tuple[Config, int]:
-    """A kernel's configuration for thread blocks of ``shared_kb`` KiB of shared memory, and its programs along V.
+    """A kernel's configuration for thread blocks of ``shared_kb`` KiB of shared memory, and its blocks: the programs of
+    one chain or chunk.
 
-    ``chains``: segments times heads, of which the scans take blocks of V; the fewer, the narrower (the sums of a
-    column do not depend on its block).
+    ``chains``: segments times heads, of which the scans take blocks of the state; the fewer, the smaller (a sum does
+    not depend on its block).
 
-    One stage where a product takes two plain loads, unless FENCED. The scans' products each have a computed operand,
-    or follow one that has, and so the fence; all but those of the additive rule without a gate.
+    More than one stage needs a proxy fence before each product of two plain loads: FENCE. The scans' products have a
+    computed operand, or follow one that has, and so the fence; all but those of the additive rule without a gate.
     """
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     constants: dict[str, Any] = {"H": heads.H, "HV": heads.HV, "K": heads.K, "HAS_GATE": heads.gate}
@@ -62,28 +63,42 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     # float32 products run on the plain units with their operands in registers: small blocks, more threads.
     wide, large = heads.dtype == torch.float32, shared_kb >= LARGE_KB
     bk, bv, warps = (min(key, 32), min(value, 32), 8) if wide else (min(key, 64), min(value, 64), 4)
-    stages = 1
-    if kernel is chunk_scan_kernel and not wide:
+    stages, registers = 1, None
+    if kernel is chunk_scan_kernel and not heads.delta and not wide:
+        bk, bv, stages = _plain_scan_blocks(heads, large, chains)
+    elif kernel is chunk_scan_kernel and not wide:
         bk, bv, stages = _scan_blocks(heads, large, chains, (128, 3), (128, 2))
     elif kernel is chunk_scan_bwd_kernel and not wide:
         bk, bv, stages = _scan_blocks(heads, large, chains, (128, 2 if heads.K > 128 else 3), (64, 2))
     elif kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
         bv = min(value, 16)
     elif kernel is chunk_out_kernel and not wide and large:
-        bk, bv = min(key, 128), min(value, 128)
+        bv, stages = min(value, 128), 3
     elif kernel is chunk_bwd_kernel and not large:
         warps = 8  # without asynchronous products its tiles would not fit the registers of four
-    elif kernel is chunk_bwd_kernel and not wide and FENCED:
-        stages = 3
+    elif kernel is chunk_bwd_kernel and not wide:
+        stages = 3 if heads.gate or not heads.delta else 2  # two thread blocks a processor
+    elif kernel in (chunk_pairs_kernel, chunk_pairs_bwd_kernel) and not wide and large:
+        stages, registers = 3, 168 if heads.delta else None  # three thread blocks a processor
     constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
-    if kernel is not chunk_out_kernel:
-        constants["HAS_DELTA"] = heads.delta
+    constants["HAS_DELTA"] = heads.delta
+    if kernel is not chunk_scan_bwd_kernel:
+        computed = kernel is chunk_scan_kernel and (heads.gate or heads.delta)
+        constants["FENCE"] = stages > 1 and not (FENCED or computed)
     if kernel is chunk_pairs_kernel:
-        return Config(constants, warps), 1
-    split = kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel, chunk_out_kernel)
+        return Config(constants, warps, stages, registers=registers), 1
+    constants |= {"V": heads.V, "BV": bv}
+    blocks = cdiv(heads.V, bv)
     if kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
-        constants["NK"] = cdiv(heads.K, bk)
-    return Config(constants | {"V": heads.V, "BV": bv}, warps, stages), cdiv(heads.V, bv) if split else 1
+        tiles = cdiv(heads.K, bk)
+        constants["NK"] = tiles
+        if kernel is chunk_scan_kernel and not heads.delta:
+            constants["NK"], blocks = 1, tiles * blocks
+    elif kernel is chunk_pairs_bwd_kernel:
+        constants["STAGES"], blocks = stages, 1
+    elif kernel is chunk_bwd_kernel:
+        blocks = 1
+    return Config(constants, warps, stages, registers=registers), blocks
 
 
 def _scan_blocks(
@@ -98,16 +113,24 @@ def _scan_blocks(
         bv, (bk, stages) = 16, narrow
     elif chains * cdiv(heads.V, 32) <= PROCESSORS:
         bv = min(value, 32)
-    if not heads.gate and not heads.delta:
-        stages = 1  # k^T v: two plain loads
     return min(key, bk), bv, stages
 
 
+def _plain_scan_blocks(heads: _Heads, large: bool, chains: int) -> tuple[int, int, int]:
+    """BK, BV and stages of the scan of a plain write, k^T v, where every tile of the state is a block of its own."""
+    key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
+    small = min(key, 64), min(value, 32)
+    if not large:
+        return *small, 1
+    if chains * cdiv(heads.K, small[0]) * cdiv(heads.V, small[1]) <= PROCESSORS:
+        return *small, 3
+    return min(key, 128), min(value, 64), 3
+
+
 def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
-    """``programs`` lie on the first axis of the grid, the blocks of V on the second: only the first may be large."""
     shared_kb = shared_memory_kb(next(x.device for x in args if isinstance(x, Tensor)))
     config, blocks = _config(kernel, heads, shared_kb, programs)
-    launch(kernel, (programs, blocks), config, *args)
+    launch(kernel, (programs * blocks,), config, *args)
 
 
 def _heads(q: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> _Heads:
@@ -144,17 +167,15 @@ def _scan(
     initial_state: Tensor | None,
     tables: tuple[Tensor, ...],
     zero_states: bool = False,
-    zero_v_new: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Final state, states and v_new; chunks that no segment uses are not written, hence the zeros on demand."""
+    """Final state, states and v_new. States of chunks that no segment uses are not written, hence the zeros on demand;
+    v_new is zeroed there by chunk_out."""
     segment_start, segment_length, chunk_segment = tables
     state = (heads.HV, heads.K, heads.V)
     dtype = torch.float32 if initial_state is None else initial_state.dtype
     final_state = v.new_empty(segment_start.shape[0], *state, dtype=dtype)
     states = (v.new_zeros if zero_states else v.new_empty)(chunk_segment.shape[0], *state)
-    v_new = v
-    if heads.delta:
-        v_new = torch.zeros_like(v) if zero_v_new else torch.empty_like(v)
+    v_new = torch.empty_like(v) if heads.delta else v
     _run(
         chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, gates, inverse, initial_state,
         segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
@@ -179,9 +200,7 @@ def chunk_fwd(
     heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
     gates = _gates(heads, g, beta, tables)
     inverse, scores = _pairs(heads, q, k, g, beta, tables, scale)
-    final_state, states, v_new = _scan(
-        heads, k, v, gates, inverse, initial_state, tables, bool(save & SAVE_STATES), bool(save & SAVE_V_NEW)
-    )
+    final_state, states, v_new = _scan(heads, k, v, gates, inverse, initial_state, tables, bool(save & SAVE_STATES))
     o = torch.empty_like(v)
     programs = v.shape[0] // CHUNK * heads.HV
     _run(chunk_out_kernel, heads, programs, q, gates, v_new, scores, states, *tables, segment_start.shape[0], o, scale)
@@ -223,8 +242,12 @@ def chunk_bwd(
         a, scores = _pairs(heads, q, k, g, beta, tables, scale)
     if not heads.delta:
         a, v_new = None, v
-    if states.numel() == 0 or v_new.numel() == 0:
+    if v_new.numel() == 0:
         _, states, v_new = _scan(heads, k, v, gates, a, initial_state, tables)
+    elif states.numel() == 0:
+        # With v_new known the write is plain: one product a chunk, which does not wait for the state.
+        plain = heads._replace(delta=False)
+        _, states, _ = _scan(plain, k, v_new, gates if heads.gate else None, None, initial_state, tables)
 
     dstates = torch.empty_like(states)
     dv = torch.empty_like(v)
@@ -242,8 +265,8 @@ def chunk_bwd(
     dkk = torch.empty_like(dqk) if heads.delta else None
     gate_part, beta_part = rows_of_heads(g), rows_of_heads(beta)
     _run(
-        chunk_pairs_bwd_kernel, heads, programs, q, k, v, g, beta, v_new, do, dw if heads.delta else None, *tables,
-        segment_start.shape[0], dqk, dkk, dv, gate_part, beta_part, scale,
+        chunk_pairs_bwd_kernel, heads, programs, k, v, g, beta, scores if heads.gate else None, v_new, do,
+        dw if heads.delta else None, *tables, segment_start.shape[0], dqk, dkk, dv, gate_part, beta_part, scale,
     )  # fmt: skip
 
     dtype = q.dtype if groups == 1 else torch.float32
@@ -340,6 +363,8 @@ def _variant(kernel: Any, heads: _Heads, config: Config) -> KernelVariant:
     absent += () if heads.gate or heads.delta else ("gates",)
     if kernel is chunk_scan_kernel and not heads.delta:
         absent += ("v_new",)
+    if kernel is chunk_pairs_bwd_kernel and not heads.gate:
+        absent += ("scores",)
     if kernel is chunk_scan_bwd_kernel:
         absent = tuple(name for name in absent if name != "dw")  # dv without the delta
     types = _TYPES | ({"dbeta": "*fp32"} if kernel is chunk_pairs_bwd_kernel else {})
