@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._onnxruntime import require_onnxruntime
+from ._onnxruntime import exact_providers, require_onnxruntime
 from .runner import Runner, State, Step
 from .stored_state import array_dtype, ort_value
 
@@ -29,7 +29,8 @@ class OnnxRunner(Runner):
     Args:
         folder: the artifact.
         manifest: of the folder.
-        providers: onnxruntime execution providers; None: the CPU's.
+        providers: onnxruntime execution providers; None: the CPU's. CUDA's computes float32 products in float32 unless
+            its options have ``use_tf32``: the router chooses by them.
         prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
             holds a copy of its own. False: all sessions map the one file.
 
@@ -47,7 +48,7 @@ class OnnxRunner(Runner):
         super().__init__(folder, manifest)
         self._prepack = prepack
         self._runtime = require_onnxruntime()
-        self._providers = list(providers or ["CPUExecutionProvider"])
+        self._providers = exact_providers(providers or ["CPUExecutionProvider"])
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
         self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
         self._sessions: dict[str, Any] = {}

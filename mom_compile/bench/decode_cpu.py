@@ -15,7 +15,7 @@ from ..config import MoMConfig
 from ..decode import DecodeSession
 from ..model import MoMForCausalLM
 from .counts import tensor_bytes, weight_bytes
-from .measure import device_name, median_ms, read_bandwidth, versions
+from .measure import device_name, interleaved_ms, reads, versions
 from .report import Table
 from .sizes import size
 
@@ -55,31 +55,27 @@ def bench_decode_cpu(
     config = size(name)
     torch.manual_seed(0)
     model = MoMForCausalLM(config).eval()
-    before = read_bandwidth(CPU)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "artifact"
         if "onnxruntime" in forms:
             export.to_onnx(model, artifact)
         for batch in batches:
             moved = weight_bytes(model) + sum(tensor_bytes(layer.values()) for layer in model.init_state(batch))
-            for form, step in _decoders(model, artifact, batch, forms):
-                ms = median_ms(step, CPU, repeats)
-                rows.append(dict(what="decode", form=form, batch=batch, ms=ms, bytes=moved))
-            for form, step in _prefills(model, artifact, batch, prompt, forms):
-                ms = median_ms(step, CPU, max(repeats // 6, 3), warm_up=2)
-                rows.append(dict(what=f"prefill of {prompt}", form=form, batch=batch, ms=ms))
-        # The faster of two measurements, around what they judge: others may use the machine.
-        bandwidth = max(before, read_bandwidth(CPU))
-    first: dict[tuple[str, int], float] = {}
-    for row in rows:
-        base = first.setdefault((row["what"], row["batch"]), row["ms"])
-        limit = row.pop("bytes", None)
-        table.add(
-            size=name, **row, times_first=row["ms"] / base,
-            of_limit=None if limit is None else limit / bandwidth * 1e3 / row["ms"],
-            note=None if limit is None else f"{limit / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s, both of this run",
-        )  # fmt: skip
+            size_read, readers = reads(CPU)
+            names, steps = zip(*_decoders(model, artifact, batch, forms), strict=True)
+            *taken, one, other = interleaved_ms([*steps, *readers], CPU, repeats)
+            bandwidth = size_read / min(one, other) * 1e3
+            for form, ms in zip(names, taken, strict=True):
+                table.add(
+                    size=name, what="decode", form=form, batch=batch, ms=ms, times_first=ms / taken[0],
+                    of_limit=moved / bandwidth * 1e3 / ms,
+                    note=f"{moved / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s, both of this run",
+                )  # fmt: skip
+            names, steps = zip(*_prefills(model, artifact, batch, prompt, forms), strict=True)
+            taken = interleaved_ms(steps, CPU, max(repeats // 6, 3), rounds=3)
+            for form, ms in zip(names, taken, strict=True):
+                what = f"prefill of {prompt}"
+                table.add(size=name, what=what, form=form, batch=batch, ms=ms, times_first=ms / taken[0])
     if touched:
         for hidden in (64, 256):
             for batch in (1, 4):
@@ -151,12 +147,13 @@ def touched_rows(
         runner = export.load(Path(folder) / "x")
         ids = np.random.default_rng(0).integers(0, 257, (batch, 8))
         _, state = runner(ids)
-        first = None
         ways = {"whole": {"touched": False}, "one buffer": {"aliased": True}, "touched": {"touched": True}}
-        for form, options in ways.items():
-            step = runner.decode_loop(state, batch, **options)
-            tokens = iter(range(10**9))
-            ms = median_ms(lambda step=step, t=tokens: step(ids[:, next(t) % 8]), CPU, repeats, inner=5)  # type: ignore[misc]
-            first = ms if first is None else first
+
+        def caller(options: dict[str, bool]) -> Callable[[], object]:
+            step, tokens = runner.decode_loop(state, batch, **options), iter(range(10**9))
+            return lambda: step(ids[:, next(tokens) % 8])
+
+        taken = interleaved_ms([caller(options) for options in ways.values()], CPU, 5 * repeats)
+        for form, ms in zip(ways, taken, strict=True):
             what = f"layer, M = {memories}, D = {hidden}"
-            table.add(what=what, form=form, batch=batch, ms=ms, times_first=ms / first, note=note)
+            table.add(what=what, form=form, batch=batch, ms=ms, times_first=ms / taken[0], note=note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -49,6 +49,25 @@ def median_ms(
     return median(times)
 
 
+def interleaved_ms(
+    functions: Sequence[Callable[[], object]], device: torch.device, repeats: int = 20, rounds: int = 5
+) -> list[float]:
+    """:func:`median_ms` of several functions in turns, so that what others do on the machine falls on all alike.
+
+    Args:
+        functions: what is timed.
+        device: where it runs.
+        repeats: measurements a median is over.
+        rounds: turns that they are spread over.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, taken in zip(functions, times, strict=True):
+            function()
+            taken += [median_ms(function, device, 1, warm_up=0) for _ in range(-(-repeats // rounds))]
+    return [median(taken) for taken in times]
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second of a large copy, read and written ones counted."""
     size = COPY_BYTES[device.type]
@@ -57,12 +76,11 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / median_ms(lambda: target.copy_(source), device) * 1e3
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading a large float32 buffer once: the faster of a sum and a product with a vector."""
+def reads(device: torch.device) -> tuple[int, list[Callable[[], object]]]:
+    """Bytes of a large float32 buffer and functions that read it once: a sum and a product with a vector."""
     matrix = torch.ones(COPY_BYTES[device.type] // 2**14, 2**12, device=device)
     vector = torch.ones(2**12, device=device)
-    size = matrix.numel() * matrix.element_size()
-    return max(size / median_ms(f, device) * 1e3 for f in (matrix.sum, lambda: matrix @ vector))
+    return matrix.numel() * matrix.element_size(), [matrix.sum, lambda: matrix @ vector]
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
