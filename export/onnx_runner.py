@@ -33,6 +33,7 @@ class OnnxRunner(Runner):
             its options have ``use_tf32``: the router chooses by them.
         prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
             holds a copy of its own. False: all sessions map the one file.
+        threads: of a session on the CPU; None: onnxruntime's own choice.
 
     Raises:
         ValueError: a bfloat16 state on another provider than the CPU's.
@@ -44,9 +45,11 @@ class OnnxRunner(Runner):
         manifest: Mapping[str, Any],
         providers: Sequence[str] | None = None,
         prepack: bool = False,
+        threads: int | None = None,
     ) -> None:
         super().__init__(folder, manifest)
         self._prepack = prepack
+        self._threads = threads
         self._runtime = require_onnxruntime()
         self._providers = exact_providers(providers or ["CPUExecutionProvider"])
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
@@ -62,6 +65,8 @@ class OnnxRunner(Runner):
         if name not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
+            if self._threads is not None:
+                options.intra_op_num_threads = self._threads
             if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu and not self._prepack:
                 # Products of 8 and 4 bits need it.
                 options.add_session_config_entry("session.disable_prepacking", "1")

@@ -18,9 +18,14 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def median_ms(
-    function: Callable[[], object], device: torch.device, repeats: int = 20, inner: int = 1, warm_up: int = 3
+    function: Callable[[], object],
+    device: torch.device,
+    repeats: int = 20,
+    inner: int = 1,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Median time of a call in ms: CUDA events on a GPU, the process's clock elsewhere.
+    """Median time of a call in ms: CUDA events on a GPU, the clock elsewhere.
 
     Args:
         function: what is timed.
@@ -28,6 +33,7 @@ def median_ms(
         repeats: measurements the median is over.
         inner: calls in one measurement, whose mean counts.
         warm_up: calls before the first measurement.
+        clock: seconds.
     """
     for _ in range(warm_up):
         function()
@@ -42,15 +48,19 @@ def median_ms(
             end.synchronize()
             times.append(start.elapsed_time(end) / inner)
         else:
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(inner):
                 function()
-            times.append((time.perf_counter() - begin) * 1e3 / inner)
+            times.append((clock() - begin) * 1e3 / inner)
     return median(times)
 
 
 def interleaved_ms(
-    functions: Sequence[Callable[[], object]], device: torch.device, repeats: int = 20, rounds: int = 5
+    functions: Sequence[Callable[[], object]],
+    device: torch.device,
+    repeats: int = 20,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """:func:`median_ms` of several functions in turns, so that what others do on the machine falls on all alike.
 
@@ -59,12 +69,13 @@ def interleaved_ms(
         device: where it runs.
         repeats: measurements a median is over.
         rounds: turns that they are spread over.
+        clock: seconds.
     """
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, taken in zip(functions, times, strict=True):
             function()
-            taken += [median_ms(function, device, 1, warm_up=0) for _ in range(-(-repeats // rounds))]
+            taken += [median_ms(function, device, 1, warm_up=0, clock=clock) for _ in range(-(-repeats // rounds))]
     return [median(taken) for taken in times]
 
 
