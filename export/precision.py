@@ -101,7 +101,8 @@ def _join_float32(
 
     ``floats``: (node, output) of the values that were float32 before; ``kept``, ``operators``: what stayed so.
     """
-    float32 = {value.name for value in graph.input} | {x.name for x in graph.initializer if x.data_type == _FLOAT}
+    float32 = {value.name for value in graph.input if value.type.tensor_type.elem_type == _FLOAT}
+    float32 |= {x.name for x in graph.initializer if x.data_type == _FLOAT}
     for node in graph.node:
         if node.name in kept or node.op_type in operators:
             float32.update(name for index, name in enumerate(node.output) if (node.name, index) in floats)
