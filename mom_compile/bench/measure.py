@@ -14,6 +14,7 @@ import torch
 # Dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the vendor's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12}
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
+PAUSE = 0.3  # seconds in which the threads of another runtime stop waiting for work, which they do by spinning
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
@@ -74,6 +75,7 @@ def interleaved_ms(
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, taken in zip(functions, times, strict=True):
+            time.sleep(PAUSE)
             function()
             taken += [median_ms(function, device, 1, warm_up=0, clock=clock) for _ in range(-(-repeats // rounds))]
     return [median(taken) for taken in times]
