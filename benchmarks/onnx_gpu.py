@@ -1,10 +1,16 @@
-"""float16 graphs on onnxruntime's CUDA provider beside a decode session of PyTorch: ms per token, and a prefill.
+"""float16 graphs on onnxruntime's CUDA provider beside a decode session of PyTorch: tokens, a prefill, nodes, rules.
 
-    python benchmarks/onnx_gpu.py [--hidden 1024] [--layers 4] [--heads 4] [--dim 256] [--vocab 32000] [--batches 1 16]
+    python benchmarks/onnx_gpu.py [--folder FOLDER] [--size 512m] [--layers 4] [--batch 1 16] [--prefill 2048]
+    python benchmarks/onnx_gpu.py --export FOLDER [--size 512m] [--layers 4]
 
-Needs onnxruntime-gpu and a CUDA GPU. The decode graph runs with one buffer for past and present, with and without a
-CUDA graph; nodes that onnxruntime placed on the CPU or copies that it inserted are counted and named. Medians of one
-run; read the ratios. Tracing takes some seconds per layer.
+Needs onnxruntime-gpu and a CUDA GPU, and no network. Without a folder the graphs are exported first, some seconds a
+layer; --export writes them on a machine without a GPU (--layers 24: minutes), and --folder takes them from there. The
+weights are random. Every limit is a ratio to PyTorch in the same run: with few layers, of the layers alone as well,
+which is the time less that of the same model without layers.
+
+Decode runs with one buffer for past and present, with and without a CUDA graph; nodes on the CPU, copies between
+devices, kernels of a token and the longest of them are named. Then the memory rule alone: LinearAttention beside
+GatedDeltaNet. --provider cpu checks the script itself, with --size tiny. Medians of one run.
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,128 +31,229 @@ import numpy as np
 import torch
 
 from mom_compile import MoMConfig, MoMForCausalLM
+from mom_compile.bench.report import Table
+from mom_compile.bench.sizes import size
 from mom_compile.decode import DecodeSession
-from mom_compile.export._onnxruntime import require_onnxruntime
+from mom_compile.export._onnxruntime import exact_providers, require_onnxruntime
 from mom_compile.export.onnx_artifact import _graph, save_graphs
 from mom_compile.export.precision import lower_precision
-from mom_compile.export.program import flat_shapes, state_names
 
+COLUMNS = {"what": 22, "form": 30, "batch": 5, "ms": 9, "times_ours": 10, "times_ours_per_layer": 20, "note": 0}
 NEVER = ("MemcpyToHost", "MemcpyFromHost", "If", "Loop", "Scan")
+GRAPHS = ("decode", "decode_touched", "prefill")
+# Operators without a kernel of their own: their output is the memory of their input.
+VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 1024), ("layers", 4), ("heads", 4), ("dim", 256), ("vocab", 32000)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--size", default="512m", help="a model of mom-compile bench")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="only write the graphs there")
+    parser.add_argument("--folder", type=Path, help="graphs that --export wrote")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--out", type=Path, help="a CSV")
     args = parser.parse_args()
+    config = replace(size(args.size), num_hidden_layers=args.layers)
+    if args.export:
+        _export(config, args.export)
+        return
     runtime = require_onnxruntime()
-    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+    wanted = f"{args.provider.upper()}ExecutionProvider"
+    if wanted not in runtime.get_available_providers():
         raise SystemExit("needs the CUDA provider: pip uninstall -y onnxruntime, then pip install onnxruntime-gpu")
-    torch.manual_seed(0)
-    config = MoMConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        num_heads=args.heads,
-        head_dim=args.dim,
-    )
-    model = MoMForCausalLM(config).eval()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = args.folder or Path(name)
+        if args.folder is None:
+            _export(config, folder)
+        else:
+            config = MoMConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        _measure(runtime, folder, config, args)
 
-        def make(graph: str) -> Any:
-            return lower_precision(_graph(model, "onnxruntime", graph), "float16")
 
-        save_graphs(folder, [(graph, f"{graph}.onnx", partial(make, graph)) for graph in ("decode", "prefill")])
-        model = model.to("cuda", torch.float16)
-        print(f"onnxruntime {runtime.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
-        for batch in args.batches:
-            session = DecodeSession(model, batch)
-            token = torch.zeros(batch, dtype=torch.int64, device="cuda")
-            ours = _median(lambda: session.step(token), args.steps)  # noqa: B023
-            print(f"decode, batch {batch:<4} DecodeSession    {ours:8.3f} ms")
-            for graph in (False, True):
-                label = "onnxruntime graph" if graph else "onnxruntime      "
+def _export(config: MoMConfig, folder: Path) -> None:
+    """The float16 graphs and the configuration."""
+    begin = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _model(config)
+
+    def make(graph: str) -> Any:
+        return lower_precision(_graph(model, "onnxruntime", graph), "float16")
+
+    save_graphs(folder, [(graph, f"{graph}.onnx", partial(make, graph)) for graph in GRAPHS])
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    print(f"exported in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def _model(config: MoMConfig) -> MoMForCausalLM:
+    torch.manual_seed(0)
+    return MoMForCausalLM(config).eval()
+
+
+def _measure(runtime: Any, folder: Path, config: MoMConfig, args: argparse.Namespace) -> None:
+    device = torch.device(args.provider)
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else "CPU"
+    versions = f"onnxruntime {runtime.__version__}, torch {torch.__version__}"
+    layers = f"{config.num_hidden_layers} layers of {args.size}"
+    table = Table(COLUMNS, {"device": name, "versions": versions, "model": layers}, args.out)
+    model = _model(config).to(device, torch.float16 if gpu else torch.float32)
+    bare = _model(replace(config, num_hidden_layers=1)).to(device, model.lm_head.weight.dtype)
+    bare.model.layers = torch.nn.ModuleList()  # what a token costs beside its layers
+    runs = partial(_call, runtime, folder, config, device)
+
+    for batch in args.batch:
+        token = torch.zeros(batch, dtype=torch.int64, device=device)
+        session = DecodeSession(model, batch)
+        ours = _median(partial(session.step, token), args.steps, gpu)
+        rest = _median(_head(bare, token), args.steps, gpu)
+        table.add(what="decode", form="PyTorch, DecodeSession", batch=batch, ms=ours, note=f"without layers {rest:.4f}")
+        for graph in ("decode", "decode_touched"):
+            for captured in (False, True) if gpu else (False,):
+                form = f"{graph}{', CUDA graph' if captured else ''}"
+                call = partial(runs, graph, batch, 1)
                 try:
-                    taken = _median(_decode(runtime, folder, config, batch, graph), args.steps)
-                except Exception as error:
-                    print(f"decode, batch {batch:<4} {label} failed: {str(error)[:200]}")
+                    ms = _median(call(captured), args.steps, gpu)
+                except Exception as error:  # a provider that lacks something is an answer
+                    table.add(what="decode", form=form, batch=batch, note=f"failed: {str(error)[:300]}")
                     continue
-                print(f"decode, batch {batch:<4} {label}{taken:8.3f} ms  {taken / ours:5.2f}x")
-        ids = torch.randint(0, args.vocab, (1, args.prefill), device="cuda")
+                per_layer = (ms - rest) / (ours - rest)
+                note = None if captured else _placement(call(False, profile=True), config.num_hidden_layers)
+                table.add(
+                    what="decode", form=form, batch=batch, ms=ms, times_ours=ms / ours,
+                    times_ours_per_layer=per_layer, note=note,
+                )  # fmt: skip
+                if note:
+                    print(f"    {note}")
+                if gpu and captured and batch == args.batch[0]:
+                    for line in _kernels(call(captured)):
+                        print(f"    {line}")
+    ids = torch.randint(0, config.vocab_size, (1, args.prefill), device=device)
+    with torch.no_grad():
+        ours = _median(lambda: model(ids), 10, gpu)
+    ms = _median(runs("prefill", 1, args.prefill, False), 10, gpu)
+    table.add(what=f"prefill of {args.prefill}", form="PyTorch", batch=1, ms=ours)
+    note = _placement(runs("prefill", 1, args.prefill, False, profile=True), config.num_hidden_layers)
+    table.add(what=f"prefill of {args.prefill}", form="prefill", batch=1, ms=ms, times_ours=ms / ours, note=note)
+    _rules(table, config, args, gpu)
+
+
+def _head(model: MoMForCausalLM, token: torch.Tensor) -> Callable[[], Any]:
+    """Embedding, norm and logits, as a CUDA graph on a GPU."""
+
+    def call() -> Any:
         with torch.no_grad():
-            ours = _median(lambda: model(ids), 10)
-        taken = _median(_call(runtime, folder, "prefill", config, 1, args.prefill, False), 10)
-        print(f"prefill of {args.prefill}: ours {ours:.2f} ms, onnxruntime {taken:.2f} ms  {taken / ours:5.2f}x")
+            return model.lm_head(model.model.norm(model.model.embeddings(token)))
 
-
-def _decode(runtime: Any, folder: Path, config: MoMConfig, batch: int, graph: bool) -> Callable[[], None]:
-    call = _call(runtime, folder, "decode", config, batch, 1, graph)
-    if not graph:
-        placed = _placement(runtime, folder, config, batch)
-        bad = {name: count for name, count in placed.items() if name.split()[0] in NEVER or "CPU" in name}
-        print(f"decode, batch {batch:<4} on the CPU or copied: {bad or 'nothing'}")
-    return call
+    if not token.is_cuda:
+        return call
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _call(
     runtime: Any,
     folder: Path,
-    name: str,
     config: MoMConfig,
+    device: torch.device,
+    name: str,
     batch: int,
     length: int,
-    graph: bool,
+    captured: bool,
     profile: bool = False,
 ) -> Callable[[], Any]:
     """A call of a graph with everything bound on the device, past and present in one buffer."""
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = profile
-    options.profile_file_prefix = str(folder / "profile")
-    providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1" if graph else "0"}), "CPUExecutionProvider"]
+    options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+    options.add_free_dimension_override_by_name("batch", batch)  # no shape is computed at run time
+    providers = exact_providers([f"{device.type.upper()}ExecutionProvider"], {"enable_cuda_graph": str(int(captured))})
     session = runtime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=providers)
+    binding, values = session.io_binding(), {}
+    sizes = {"batch": batch, "sequence": length}
+    dtypes = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+    for value in (*session.get_inputs(), *session.get_outputs()):
+        key = value.name.replace("present.", "past_key_values.")
+        if key not in values:
+            shape = [sizes.get(axis, axis) for axis in value.shape]
+            array = np.zeros(shape, dtypes[value.type])
+            values[key] = runtime.OrtValue.ortvalue_from_numpy(array, device.type, 0)
+    for value in session.get_inputs():
+        binding.bind_ortvalue_input(value.name, values[value.name])
+    for value in session.get_outputs():
+        binding.bind_ortvalue_output(value.name, values[value.name.replace("present.", "past_key_values.")])
 
-    def value(array: Any) -> Any:
-        return runtime.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
-
-    binding = session.io_binding()
-    keep = [value(np.zeros((batch, length), np.int64)), value(np.zeros((batch, length, config.vocab_size), np.float32))]
-    binding.bind_ortvalue_input("input_ids", keep[0])
-    binding.bind_ortvalue_output("logits", keep[1])
-    shapes = flat_shapes(config, batch)
-    for layer, state in state_names(config):
-        keep.append(value(np.zeros(shapes[state], np.float32)))
-        binding.bind_ortvalue_input(f"past_key_values.{layer}.{state}", keep[-1])
-        binding.bind_ortvalue_output(f"present.{layer}.{state}", keep[-1])
-
-    def call(kept: Any = keep) -> Any:
+    def call() -> Any:
         session.run_with_iobinding(binding)
         return session
 
     return call
 
 
-def _placement(runtime: Any, folder: Path, config: MoMConfig, batch: int) -> Counter[str]:
-    """``operator provider`` -> nodes, from a profile of one step."""
-    session = _call(runtime, folder, "decode", config, batch, 1, False, profile=True)()
-    events = json.loads(Path(session.end_profiling()).read_text())
-    nodes = (event["args"] for event in events if event.get("cat") == "Node" and "op_name" in event.get("args", {}))
-    return Counter(f"{node['op_name']} {node.get('provider', '')}" for node in nodes)
+def _placement(call: Callable[[], Any], layers: int) -> str:
+    """From a profile: nodes that are no views, and those that a CUDA graph cannot hold."""
+    call()
+    events = json.loads(Path(call().end_profiling()).read_text())
+    nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
+    found = Counter(f"{node['op_name']} {node['provider']}" for node in nodes if node["op_name"] not in VIEWS)
+    count = sum(found.values()) // 2  # of two runs
+    bad = {name: n // 2 for name, n in found.items() if name.split()[0] in NEVER or "CPU" in name}
+    copies = sum(n for name, n in bad.items() if name.startswith("Memcpy"))
+    return f"{count} nodes, {count / layers:.1f} a layer; Memcpy {copies}; on the CPU or copied: {bad or 'nothing'}"
 
 
-def _median(call: Callable[[], Any], count: int) -> float:
+def _kernels(call: Callable[[], Any]) -> Iterator[str]:
+    """Kernels of one call and the ten that take longest, by CUDA's own profiler."""
+    for _ in range(3):
+        call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.device_type == torch.profiler.DeviceType.CUDA]
+    yield f"{sum(event.count for event in events)} kernels and copies of a token"
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:10]:
+        yield f"{event.self_device_time_total:9.1f} us in {event.count:4} of {event.key[:80]}"
+
+
+def _rules(table: Table, config: MoMConfig, args: argparse.Namespace, gpu: bool) -> None:
+    """The memory rule of one layer, all memories and the touched ones."""
+    from linear_attention import rules  # beside this file
+
+    heads, memories = config.value_heads, config.total_memories
+    touched = config.topk + config.shared_mem
+    cases = [(batch, 1, count * heads) for batch in args.batch for count in (memories, touched)]
+    cases.append((1, args.prefill, memories * heads))
+    forms = ("LinearAttention", "GatedDeltaNet", "GatedDeltaNet, transposed")
+    for batch, length, count in cases:
+        what = f"rule, T {length}, h {count}"
+        try:
+            calls = rules(batch, length, count, config.head_dim, gpu)
+        except Exception as error:
+            table.add(what=what, form="all", batch=batch, note=f"failed: {str(error)[:300]}")
+            continue
+        for form, call in zip(forms, calls, strict=True):
+            table.add(what=what, form=form, batch=batch, ms=_median(call, 20, gpu))
+
+
+def _median(call: Callable[[], Any], count: int, gpu: bool) -> float:
     for _ in range(3):
         call()
     taken = []
     for _ in range(count):
-        torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
         taken.append((time.perf_counter() - begin) * 1e3)
     return statistics.median(taken)
 

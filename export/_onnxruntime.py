@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import ModuleType
+from typing import Any
 
 from .._extras import require
 
@@ -33,3 +35,15 @@ def require_onnxruntime() -> ModuleType:
             f'run: pip install --upgrade "onnxruntime>={wanted}"'
         )
     return runtime
+
+
+def exact_providers(providers: Sequence[Any], cuda: Mapping[str, str] | None = None) -> list[Any]:
+    """Execution providers, CUDA's with these options and float32 products in float32: by default it rounds to TF32."""
+
+    def exact(provider: Any) -> Any:
+        name, options = (provider, {}) if isinstance(provider, str) else provider
+        if name != "CUDAExecutionProvider":
+            return provider
+        return name, {"use_tf32": "0", **(cuda or {}), **options}
+
+    return [exact(provider) for provider in providers]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +20,12 @@ from ..ops import CHUNK, RULES
 from ..ops._launch import Launch, instead_of_launches
 from ..ops._library import TRITON_IMPLEMENTATIONS
 from ..ops.memory_rule import Rule
+from . import microsoft_nodes
+from .microsoft_nodes import causal_conv, linear_attention
+from .token_nodes import masked_step
 
 Lowering = Callable[..., Any]
 RuleLowering = Callable[..., tuple[Tensor, Tensor]]
-
-# Names of com.microsoft::LinearAttention's update rules.
-_ORT_RULES = {
-    "linear": "linear",
-    "retention": "gated",
-    "mamba2": "gated",
-    "delta": "delta",
-    "gated_delta": "gated_delta",
-}
 
 
 def _route(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -52,8 +47,8 @@ def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, ep
     return (x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()).to(dtype)
 
 
-def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (_rms_norm(x.float(), x.shape[-1:], weight, eps) * F.silu(gate.float())).to(x.dtype)
+def _gated_rms_norm(norm: Lowering, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (norm(x.float(), x.shape[-1:], weight.float(), eps) * F.silu(gate.float())).to(x.dtype)
 
 
 def _cumsum(x: Tensor, dim: int) -> Tensor:
@@ -70,46 +65,13 @@ def _conv1d(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
     return torch.conv1d(x, weight, *rest, **options)
 
 
-def linear_attention(
-    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """One com.microsoft::LinearAttention node (version 1)."""
-    batch, length, heads, value_dim = v.shape
-    inputs: list[Tensor | None] = [q.flatten(2), k.flatten(2), v.flatten(2), state, g, beta]
-    while inputs[-1] is None:
-        inputs.pop()
-    o, final_state = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::LinearAttention",
-        tuple(inputs),
-        {
-            "update_rule": _ORT_RULES[rule.name],
-            "q_num_heads": q.shape[2],
-            "kv_num_heads": heads,
-            "scale": scale,
-        },
-        dtypes=(torch.float32, torch.float32),
-        shapes=((batch, length, heads * value_dim), state.shape),
-        version=1,
-    )
-    return o.unflatten(2, (heads, value_dim)), final_state
-
-
-def causal_conv(x: Tensor, weight: Tensor, *, groups: int) -> Tensor:
-    """A depthwise convolution over ``[B, C, W-1 + T]`` as one com.microsoft::CausalConvWithState node (version 1).
+def _depthwise_conv(x: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+    """A depthwise convolution over ``[B, C, W-1 + T]`` as one CausalConvWithState node.
 
     Its own new state is left unused: where tokens of a memory end is known to the layer alone.
     """
-    width = weight.shape[2]
-    past, new = x[:, :, : width - 1], x[:, :, width - 1 :]
-    y, _ = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::CausalConvWithState",
-        (new, weight, None, past),
-        {"activation": "none"},
-        dtypes=(torch.float32, torch.float32),
-        shapes=(new.shape, past.shape),
-        version=1,
-    )
-    return y
+    past = weight.shape[2] - 1
+    return causal_conv(x[:, :, past:], weight, x[:, :, :past])[0]
 
 
 def one_token(
@@ -274,19 +236,27 @@ def _rule_lowering(rule: Rule, lowering: RuleLowering) -> Lowering:
 
 def lowerings(target: str, decode: bool) -> dict[Any, Lowering]:
     """Operator -> replacement, under the overload and under its packet: Python code calls either."""
+    own = target == "onnxruntime"
     node = target in ("onnxruntime", "opset27")
     whole = linear_attention if node else looped if target == "aoti" else chunked
     rule_lowering = one_token if decode and not node else whole
-    route = _route_by_sort if target == "aoti" else _route
-    table: dict[Any, Lowering] = {torch.ops.mom.route: route, torch.ops.mom.gated_rms_norm: _gated_rms_norm}
+    norm = microsoft_nodes.rms_norm if own else _rms_norm
+    # Over many tokens the one node is slow on the CPU: its SiLU is not vectorised.
+    gated_norm = microsoft_nodes.gated_rms_norm if own and decode else partial(_gated_rms_norm, norm)
+    table: dict[Any, Lowering] = {
+        torch.ops.mom.route: _route_by_sort if target == "aoti" else _route,
+        torch.ops.mom.gated_rms_norm: gated_norm,
+    }
+    if own and decode:
+        table[torch.ops.mom.decode_step] = masked_step
     for rule in RULES.values():
         table[getattr(torch.ops.mom, f"recurrent_{rule.op}")] = _rule_lowering(rule, rule_lowering)
     table |= {packet.default: replacement for packet, replacement in table.items()}
-    table |= {F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm}
+    table |= {F.rms_norm: norm, torch.rms_norm: norm}
     if target == "tensorrt":
         table[torch.Tensor.cumsum] = _cumsum
     if target != "aoti":
-        table[torch.conv1d] = causal_conv if target == "opset27" else _conv1d
+        table[torch.conv1d] = _depthwise_conv if target == "opset27" else _conv1d
     return table
 
 

@@ -24,11 +24,13 @@ from ..mom_attention import Form
 from ._onnxruntime import require_onnxruntime
 from .calibration import round_weights
 from .lowerings import lowerings
+from .microsoft_nodes import join_residuals
 from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
 from .precision import TOLERANCES, check_precision, lower_precision
 from .program import export_forced, export_program, state_names, touched_names
 from .stored_state import check_state_dtype
 from .structure import describe_graph
+from .views import merge_views, remove_unused
 from .writing import package_versions, write_artifact
 
 if TYPE_CHECKING:
@@ -214,7 +216,8 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
     decode, touched = name.startswith("decode"), name == TOUCHED_GRAPH
     table = lowerings(target, decode)
     with quiet():
-        form: Form = "dense" if decode and target == "tensorrt" else "portable"
+        forms: dict[str, Form] = {"tensorrt": "dense", "onnxruntime": "step"}
+        form = forms.get(target, "portable") if decode else "portable"
         if name == FORCED_GRAPH:
             program = export_forced(model, table, state_dtype)
         else:
@@ -231,7 +234,7 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
     inputs |= dict.fromkeys(f"past_key_values.{n}" for n in states)
     outputs = {"logits": length, **dict.fromkeys(f"present.{n}" for n in present)}
     if target != "opset27":
-        return convert(program, inputs, outputs)
+        return convert(program, inputs, outputs, merge=target == "onnxruntime")
     result = convert(program, inputs, outputs, NEWEST_OPSET)
     _standardise(result)
     return result
@@ -252,10 +255,12 @@ def convert(
     inputs: Mapping[str, str | None],
     outputs: Mapping[str, str | None],
     opset: int = OPSET,
+    merge: bool = False,
 ) -> Any:
     """An exported program as an onnx_ir model.
 
     ``inputs`` and ``outputs``: name -> name of the symbolic axis 1, None where that axis is fixed. Axis 0 is the batch.
+    ``merge``: chains of views become one.
     """
     with quiet(), _linear_rewriting():
         onnx_program = torch.onnx.export(
@@ -269,6 +274,9 @@ def convert(
     assert onnx_program is not None
     result = onnx_program.model
     _fold_weights(result.graph)
+    join_residuals(result.graph)
+    if merge:
+        merge_views(result.graph)
     _name_axes(result.graph, {**inputs, **outputs})
     _strip(result)
     return result
@@ -293,9 +301,7 @@ def _fold_weights(graph: Any) -> None:
         graph.register_initializer(new)
         ir.convenience.replace_all_uses_with(old, new)
         graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
+    remove_unused(graph)
 
 
 def _name_axes(graph: Any, axes: Mapping[str, str | None]) -> None:

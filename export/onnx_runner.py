@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._onnxruntime import require_onnxruntime
+from ._onnxruntime import exact_providers, require_onnxruntime
 from .runner import Runner, State, Step
 from .stored_state import array_dtype, ort_value
 
@@ -29,9 +29,11 @@ class OnnxRunner(Runner):
     Args:
         folder: the artifact.
         manifest: of the folder.
-        providers: onnxruntime execution providers; None: the CPU's.
+        providers: onnxruntime execution providers; None: the CPU's. CUDA's computes float32 products in float32 unless
+            its options have ``use_tf32``: the router chooses by them.
         prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
             holds a copy of its own. False: all sessions map the one file.
+        threads: of a session on the CPU; None: onnxruntime's own choice.
 
     Raises:
         ValueError: a bfloat16 state on another provider than the CPU's.
@@ -43,11 +45,13 @@ class OnnxRunner(Runner):
         manifest: Mapping[str, Any],
         providers: Sequence[str] | None = None,
         prepack: bool = False,
+        threads: int | None = None,
     ) -> None:
         super().__init__(folder, manifest)
         self._prepack = prepack
+        self._threads = threads
         self._runtime = require_onnxruntime()
-        self._providers = list(providers or ["CPUExecutionProvider"])
+        self._providers = exact_providers(providers or ["CPUExecutionProvider"])
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
         self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
         self._sessions: dict[str, Any] = {}
@@ -61,6 +65,8 @@ class OnnxRunner(Runner):
         if name not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
+            if self._threads is not None:
+                options.intra_op_num_threads = self._threads
             if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu and not self._prepack:
                 # Products of 8 and 4 bits need it.
                 options.add_session_config_entry("session.disable_prepacking", "1")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .views import remove_unused
 
 if TYPE_CHECKING:
     from .calibration import Rounded
@@ -46,6 +48,7 @@ def lower_precision(model: Any, precision: str, rounded: Mapping[bytes, Rounded]
     them that are ``rounded`` in 4 bits, see :func:`mom_compile.export.calibration.round_weights`, the others in 8.
     """
     import onnx_ir as ir
+    from onnx_ir.passes.common import IdentityEliminationPass
 
     if precision == "float32":
         return model
@@ -64,7 +67,7 @@ def lower_precision(model: Any, precision: str, rounded: Mapping[bytes, Rounded]
     if precision == "float16":
         from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-        kept = [*router, *_norm_additions(proto.graph)]
+        kept = [*router, *_state_path(proto.graph), *_norm_additions(proto.graph)]
         operators = [*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS]
         proto = convert_float_to_float16(proto, keep_io_types=True, op_block_list=operators, node_block_list=kept)
         _join_float32(proto.graph, floats, kept, operators)
@@ -75,6 +78,8 @@ def lower_precision(model: Any, precision: str, rounded: Mapping[bytes, Rounded]
     del proto.graph.value_info[:]  # float16's are partly wrong; a runtime infers them
     result = ir.from_proto(proto)
     result.graph.sort()  # the tools append their nodes at the end
+    IdentityEliminationPass()(result)
+    remove_unused(result.graph)
     return result
 
 
@@ -96,7 +101,8 @@ def _join_float32(
 
     ``floats``: (node, output) of the values that were float32 before; ``kept``, ``operators``: what stayed so.
     """
-    float32 = {value.name for value in graph.input} | {x.name for x in graph.initializer if x.data_type == _FLOAT}
+    float32 = {value.name for value in graph.input if value.type.tensor_type.elem_type == _FLOAT}
+    float32 |= {x.name for x in graph.initializer if x.data_type == _FLOAT}
     for node in graph.node:
         if node.name in kept or node.op_type in operators:
             float32.update(name for index, name in enumerate(node.output) if (node.name, index) in floats)
@@ -161,10 +167,7 @@ def _norm_additions(graph: Any) -> Iterator[str]:
 def _router_path(graph: Any) -> Iterator[str]:
     """Names of the nodes from a router's projection to what uses its results; it computes decay and beta as well."""
     producer = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = _readers(graph)
     projections = {}
     for top in graph.node:
         forced = top.op_type == "GatherElements" and top.input[1].startswith("router_indices.")
@@ -178,12 +181,36 @@ def _router_path(graph: Any) -> Iterator[str]:
             elif source is not None:
                 pending += source.input
     ends = ("MatMul", "Gemm", "LinearAttention", "MatMulNBits")
+    yield from _behind(list(projections.values()), readers, lambda node: node.op_type in ends)
+
+
+def _state_path(graph: Any) -> Iterator[str]:
+    """Names of the nodes from a state to the norm or the product with weights that reads what the memories gave."""
+    readers = _readers(graph)
+    weights = {tensor.name for tensor in graph.initializer}
+    past = [value.name for value in graph.input if value.name.startswith("past_key_values.")]
+
+    def end(node: Any) -> bool:
+        return node.op_type == "GatedRMSNorm" or bool(node.op_type == "MatMul" and node.input[1] in weights)
+
+    yield from _behind([node for name in past for node in readers.get(name, ())], readers, end)
+
+
+def _readers(graph: Any) -> dict[str, list[Any]]:
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _behind(nodes: list[Any], readers: Mapping[str, list[Any]], end: Callable[[Any], bool]) -> Iterator[str]:
+    """Names of the nodes and of all behind them, up to the ends, which are left out."""
     seen: dict[str, None] = {}
-    nodes = list(projections.values())
     while nodes:
         node = nodes.pop()
         if node.name in seen:
             continue
         seen[node.name] = None
-        nodes += [r for output in node.output for r in readers.get(output, ()) if r.op_type not in ends]
+        nodes += [r for output in node.output for r in readers.get(output, ()) if not end(r)]
     yield from seen

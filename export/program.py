@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..model import MoMForCausalLM
 from ..mom_attention import Form
 from ..ops import CHUNK
 from ..state import layer_shapes
+from .token_nodes import touched_step
 
 DYNAMIC_BATCH = torch.export.Dim("batch", min=1, max=4096)
 DYNAMIC_LENGTH = torch.export.Dim("length", min=1, max=1 << 20)
@@ -124,12 +126,28 @@ class TouchedProgram(StateProgram):
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """input_ids ``[B, 1]``, past as :func:`flat_shapes`; per layer the entries of :func:`touched_names`."""
-        logits, present = self.run_form(input_ids, past, None, "touched")
+        logits, present = self.touched(input_ids, past)
         names = touched_names(self.model.config)
         return logits, [
             values[name] if name == "touched_index" else self.stored(name, values[name])
             for values in present
             for name in names.values()
+        ]
+
+    def touched(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, Sequence[Mapping[str, Tensor]]]:
+        """Logits, and per layer the values of :func:`touched_names`."""
+        if self.form != "step":
+            return self.run_form(input_ids, past, None, "touched")
+        # The operator of the step form has no place for the choices among its results.
+        indices: list[Tensor] = []
+        step = partial(touched_step, indices)
+        self.lowerings = {**self.lowerings, torch.ops.mom.decode_step: step, torch.ops.mom.decode_step.default: step}
+        logits, present = self.run_form(input_ids, past, None, "step")
+        names = touched_names(self.model.config)
+        layers = zip(present, indices, strict=True)
+        return logits, [
+            {"touched_index": index} | {names[name]: value.flatten(1, 2) for name, value in values.items()}
+            for values, index in layers
         ]
 
 
@@ -177,7 +195,8 @@ def export_program(
     """The torch.export program: dynamic batch; one token for decode, any length for prefill; see StateProgram.
 
     ``touched``: the decode program that gives only the touched part of the state, see TouchedProgram. ``form``: of the
-    layers otherwise. ``example_length``: tokens that prefill is traced with. ``state_dtype``: of the recurrent states.
+    layers; with ``touched`` it is ``step``, or whatever else for the form ``touched``. ``example_length``: tokens that
+    prefill is traced with. ``state_dtype``: of the recurrent states.
 
     Raises:
         ValueError: an example that fits one chunk.

@@ -15,6 +15,7 @@ from support import relative
 from mom_compile import MoMForCausalLM, export
 from mom_compile.export import onnx_artifact, writing
 from mom_compile.export.onnx_artifact import TARGETS
+from mom_compile.export.views import VIEWS
 from mom_compile.report import Report
 
 DATA = Path(__file__).parent / "data"
@@ -247,6 +248,38 @@ def test_the_touched_decode_writes_only_what_a_token_selected(exported: tuple[Mo
     assert outputs["present.0.touched_conv_state"] == ["batch", 3 * 64, 3]
     assert outputs["present.0.touched_index"] == ["batch", 3]
     assert not any("recurrent_state" in name for name in outputs)
+
+
+def test_a_token_takes_few_nodes(exported: tuple[MoMForCausalLM, Path], tmp_path: Path) -> None:
+    """Each is a kernel to launch, as the runtime runs them; what only renames axes is none."""
+    import onnx
+    import onnxruntime
+
+    folder = exported[1]
+    if export.load(folder).manifest["target"] != "onnxruntime":
+        return
+    for graph, limit in (("decode", 31), ("decode_touched", 33)):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(tmp_path / graph)
+        options.add_free_dimension_override_by_name("batch", 3)
+        onnxruntime.InferenceSession(str(folder / f"{graph}.onnx"), options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(str(tmp_path / graph), load_external_data=False).graph
+        operators = [node.op_type for node in optimized.node if node.op_type not in VIEWS]
+        assert operators.count("SkipSimplifiedLayerNormalization") == 4
+        # Beside the two layers: the embedding, the first norm and the logits.
+        assert len(operators) <= 2 * limit + 3, sorted(operators)
+
+
+def test_a_token_leaves_other_memories_bit_identical(exported: tuple[MoMForCausalLM, Path]) -> None:
+    _, folder = exported
+    runner = export.load(folder)
+    _, before = runner(tokens(3, 30))
+    _, after = runner(tokens(3, 1), before)
+    for old, new in zip(before, after, strict=True):
+        for name in old:
+            written = (old[name] != new[name]).reshape(3, 5, -1).any(2)
+            assert (written.sum(1) <= 3).all() and written[:, 4].all()
 
 
 def test_messages(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from models import tiny_model
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
 from mom_compile.export import artifact
-from mom_compile.export.precision import _router_path
+from mom_compile.export.precision import _router_path, _state_path
 
 PRECISIONS = ("float16", "int8", "int4")
 READERS = ("TopK", "LinearAttention")
@@ -84,6 +84,20 @@ def test_the_router_stays_float32(precision: str, exported: Maker) -> None:
         assert bool(quantized) == precision.startswith("int")
         for value in (*graph.input[1:], *graph.output):
             assert value.type.tensor_type.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)
+
+
+@pytest.mark.slow
+def test_a_state_never_passes_through_float16(exported: Maker) -> None:
+    import onnx
+
+    for name in ("decode.onnx", "decode_touched.onnx"):
+        graph = onnx.load(str(exported("float16") / name), load_external_data=False).graph
+        path = set(_state_path(graph))
+        state = [node for node in graph.node if node.name in path]
+        assert {"CausalConvWithState", "LinearAttention"} <= {node.op_type for node in state}
+        assert not any(node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT for node in state)
+        # To float32: the router's input, q with k and v (or each), logits. To float16: what the memories gave.
+        assert sum(node.op_type == "Cast" for node in graph.node) <= 5
 
 
 def test_a_state_of_the_model_goes_on(model: MoMForCausalLM, exported: Maker) -> None:

@@ -129,3 +129,18 @@ def test_messages(small_artifact: tuple[MoMForCausalLM, Path]) -> None:
         runner.generate([[1]], -1)
     with pytest.raises(ValueError, match="at least one token"):
         runner.generate([[]], 5)
+
+
+def test_cuda_computes_float32_products_in_float32() -> None:
+    from mom_compile.export._onnxruntime import exact_providers
+
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    assert exact_providers([cuda, cpu]) == [(cuda, {"use_tf32": "0"}), cpu]
+    asked = (cuda, {"use_tf32": "1", "device_id": "1"})
+    assert exact_providers([asked], {"enable_cuda_graph": "1"}) == [(cuda, {**asked[1], "enable_cuda_graph": "1"})]
+
+
+def test_a_session_with_one_thread(small_artifact: tuple[MoMForCausalLM, Path]) -> None:
+    ids = np.arange(5)[None]
+    one, usual = (export.load(small_artifact[1], threads=threads)(ids)[0] for threads in (1, None))
+    assert np.allclose(one, usual, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..config import MoMConfig
 from ..decode import DecodeSession
 from ..model import MoMForCausalLM
 from .counts import tensor_bytes, weight_bytes
-from .measure import device_name, median_ms, read_bandwidth, versions
+from .measure import device_name, interleaved_ms, reads, versions
 from .report import Table
 from .sizes import size
 
@@ -33,6 +34,8 @@ def bench_decode_cpu(
     touched: bool,
     repeats: int = 30,
     path: Path | None = None,
+    folder: Path | None = None,
+    one_thread: bool = False,
 ) -> Table:
     """Time float32 forms of one model against each other; only ratios of one run mean something on a shared CPU.
 
@@ -44,6 +47,8 @@ def bench_decode_cpu(
         touched: also compare whole-state and touched-state decoding of one layer with 8 memories.
         repeats: measurements a median is over.
         path: CSV to write or None.
+        folder: of the model's artifact, kept there; None: a new one.
+        one_thread: for a machine that others use: one thread, whose own time is taken, as if it were never stopped.
 
     Returns:
         The table; ``of_limit`` is the time to read weights and states once over the time taken.
@@ -51,39 +56,40 @@ def bench_decode_cpu(
     Raises:
         ImportError: a form needs a package that is missing.
     """
-    table = Table(COLUMNS, {"device": device_name(CPU), "versions": _versions(forms)}, path)
+    if one_thread:
+        torch.set_num_threads(1)
+    clock = time.process_time if one_thread else time.perf_counter
+    threads = 1 if one_thread else None
+    device = f"{device_name(CPU)}{', time of the process' if one_thread else ''}"
+    table = Table(COLUMNS, {"device": device, "versions": _versions(forms)}, path)
     config = size(name)
     torch.manual_seed(0)
     model = MoMForCausalLM(config).eval()
-    before = read_bandwidth(CPU)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        artifact = Path(folder) / "artifact"
-        if "onnxruntime" in forms:
+    with tempfile.TemporaryDirectory() as temporary:
+        artifact = folder or Path(temporary) / "artifact"
+        if "onnxruntime" in forms and not artifact.exists():
             export.to_onnx(model, artifact)
         for batch in batches:
             moved = weight_bytes(model) + sum(tensor_bytes(layer.values()) for layer in model.init_state(batch))
-            for form, step in _decoders(model, artifact, batch, forms):
-                ms = median_ms(step, CPU, repeats)
-                rows.append(dict(what="decode", form=form, batch=batch, ms=ms, bytes=moved))
-            for form, step in _prefills(model, artifact, batch, prompt, forms):
-                ms = median_ms(step, CPU, max(repeats // 6, 3), warm_up=2)
-                rows.append(dict(what=f"prefill of {prompt}", form=form, batch=batch, ms=ms))
-        # The faster of two measurements, around what they judge: others may use the machine.
-        bandwidth = max(before, read_bandwidth(CPU))
-    first: dict[tuple[str, int], float] = {}
-    for row in rows:
-        base = first.setdefault((row["what"], row["batch"]), row["ms"])
-        limit = row.pop("bytes", None)
-        table.add(
-            size=name, **row, times_first=row["ms"] / base,
-            of_limit=None if limit is None else limit / bandwidth * 1e3 / row["ms"],
-            note=None if limit is None else f"{limit / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s, both of this run",
-        )  # fmt: skip
+            size_read, readers = reads(CPU)
+            names, steps = zip(*_decoders(model, artifact, batch, forms, threads), strict=True)
+            *taken, one, other = interleaved_ms([*steps, *readers], CPU, repeats, clock=clock)
+            bandwidth = size_read / min(one, other) * 1e3
+            for form, ms in zip(names, taken, strict=True):
+                table.add(
+                    size=name, what="decode", form=form, batch=batch, ms=ms, times_first=ms / taken[0],
+                    of_limit=moved / bandwidth * 1e3 / ms,
+                    note=f"{moved / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s, both of this run",
+                )  # fmt: skip
+            names, steps = zip(*_prefills(model, artifact, batch, prompt, forms, threads), strict=True)
+            taken = interleaved_ms(steps, CPU, max(repeats // 6, 3), rounds=3, clock=clock)
+            for form, ms in zip(names, taken, strict=True):
+                what = f"prefill of {prompt}"
+                table.add(size=name, what=what, form=form, batch=batch, ms=ms, times_first=ms / taken[0])
     if touched:
         for hidden in (64, 256):
             for batch in (1, 4):
-                touched_rows(table, hidden, batch, repeats=max(repeats, 20))
+                touched_rows(table, hidden, batch, repeats=max(repeats, 20), threads=threads)
     return table
 
 
@@ -96,7 +102,7 @@ def _versions(forms: Sequence[str]) -> str:
 
 
 def _decoders(
-    model: MoMForCausalLM, artifact: Path, batch: int, forms: Sequence[str]
+    model: MoMForCausalLM, artifact: Path, batch: int, forms: Sequence[str], threads: int | None
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     ids = torch.randint(0, model.config.vocab_size, (batch,))
     for form in ("eager", "compiled"):
@@ -110,13 +116,13 @@ def _decoders(
             "onnxruntime, whole state": (False, {"touched": False}),
         }
         for form, (prepack, options) in ways.items():
-            runner = export.load(artifact, prepack=prepack)
+            runner = export.load(artifact, prepack=prepack, threads=threads)
             step = runner.decode_loop(runner.init_state(batch), batch, **options)
             yield form, lambda step=step: step(ids.numpy())  # type: ignore[misc]
 
 
 def _prefills(
-    model: MoMForCausalLM, artifact: Path, batch: int, length: int, forms: Sequence[str]
+    model: MoMForCausalLM, artifact: Path, batch: int, length: int, forms: Sequence[str], threads: int | None
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     ids = torch.randint(0, model.config.vocab_size, (batch, length))
     state = model.init_state(batch)
@@ -126,13 +132,20 @@ def _prefills(
             yield form, lambda function=function: function(ids, state=state)  # type: ignore[misc]
     if "onnxruntime" in forms:
         for form, prepack in {"onnxruntime": False, "onnxruntime, prepacked": True}.items():
-            runner = export.load(artifact, prepack=prepack)
+            runner = export.load(artifact, prepack=prepack, threads=threads)
             empty = runner.init_state(batch)
             yield form, lambda runner=runner, empty=empty: runner(ids.numpy(), empty)  # type: ignore[misc]
 
 
 def touched_rows(
-    table: Table, hidden: int, batch: int, heads: int = 16, dim: int = 128, memories: int = 8, repeats: int = 20
+    table: Table,
+    hidden: int,
+    batch: int,
+    heads: int = 16,
+    dim: int = 128,
+    memories: int = 8,
+    repeats: int = 20,
+    threads: int | None = None,
 ) -> None:
     """One layer in onnxruntime: the whole state, one shared buffer, the touched memories alone.
 
@@ -148,15 +161,17 @@ def touched_rows(
     note = f"weights {tensor_bytes(model.parameters()) / 1e6:.1f} MB, states {states / 1e6:.1f} MB"
     with tempfile.TemporaryDirectory() as folder:
         export.to_onnx(model, Path(folder) / "x")
-        runner = export.load(Path(folder) / "x")
+        runner = export.load(Path(folder) / "x", threads=threads)
         ids = np.random.default_rng(0).integers(0, 257, (batch, 8))
         _, state = runner(ids)
-        first = None
         ways = {"whole": {"touched": False}, "one buffer": {"aliased": True}, "touched": {"touched": True}}
-        for form, options in ways.items():
-            step = runner.decode_loop(state, batch, **options)
-            tokens = iter(range(10**9))
-            ms = median_ms(lambda step=step, t=tokens: step(ids[:, next(t) % 8]), CPU, repeats, inner=5)  # type: ignore[misc]
-            first = ms if first is None else first
+
+        def caller(options: dict[str, bool]) -> Callable[[], object]:
+            step, tokens = runner.decode_loop(state, batch, **options), iter(range(10**9))
+            return lambda: step(ids[:, next(tokens) % 8])
+
+        clock = time.perf_counter if threads is None else time.process_time
+        taken = interleaved_ms([caller(options) for options in ways.values()], CPU, 5 * repeats, clock=clock)
+        for form, ms in zip(ways, taken, strict=True):
             what = f"layer, M = {memories}, D = {hidden}"
-            table.add(what=what, form=form, batch=batch, ms=ms, times_first=ms / first, note=note)
+            table.add(what=what, form=form, batch=batch, ms=ms, times_first=ms / taken[0], note=note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -14,13 +14,19 @@ import torch
 # Dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the vendor's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12}
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
+PAUSE = 0.3  # seconds in which the threads of another runtime stop waiting for work, which they do by spinning
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def median_ms(
-    function: Callable[[], object], device: torch.device, repeats: int = 20, inner: int = 1, warm_up: int = 3
+    function: Callable[[], object],
+    device: torch.device,
+    repeats: int = 20,
+    inner: int = 1,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Median time of a call in ms: CUDA events on a GPU, the process's clock elsewhere.
+    """Median time of a call in ms: CUDA events on a GPU, the clock elsewhere.
 
     Args:
         function: what is timed.
@@ -28,6 +34,7 @@ def median_ms(
         repeats: measurements the median is over.
         inner: calls in one measurement, whose mean counts.
         warm_up: calls before the first measurement.
+        clock: seconds.
     """
     for _ in range(warm_up):
         function()
@@ -42,11 +49,36 @@ def median_ms(
             end.synchronize()
             times.append(start.elapsed_time(end) / inner)
         else:
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(inner):
                 function()
-            times.append((time.perf_counter() - begin) * 1e3 / inner)
+            times.append((clock() - begin) * 1e3 / inner)
     return median(times)
+
+
+def interleaved_ms(
+    functions: Sequence[Callable[[], object]],
+    device: torch.device,
+    repeats: int = 20,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """:func:`median_ms` of several functions in turns, so that what others do on the machine falls on all alike.
+
+    Args:
+        functions: what is timed.
+        device: where it runs.
+        repeats: measurements a median is over.
+        rounds: turns that they are spread over.
+        clock: seconds.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, taken in zip(functions, times, strict=True):
+            time.sleep(PAUSE)
+            function()
+            taken += [median_ms(function, device, 1, warm_up=0, clock=clock) for _ in range(-(-repeats // rounds))]
+    return [median(taken) for taken in times]
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -57,12 +89,11 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / median_ms(lambda: target.copy_(source), device) * 1e3
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading a large float32 buffer once: the faster of a sum and a product with a vector."""
+def reads(device: torch.device) -> tuple[int, list[Callable[[], object]]]:
+    """Bytes of a large float32 buffer and functions that read it once: a sum and a product with a vector."""
     matrix = torch.ones(COPY_BYTES[device.type] // 2**14, 2**12, device=device)
     vector = torch.ones(2**12, device=device)
-    size = matrix.numel() * matrix.element_size()
-    return max(size / median_ms(f, device) * 1e3 for f in (matrix.sum, lambda: matrix @ vector))
+    return matrix.numel() * matrix.element_size(), [matrix.sum, lambda: matrix @ vector]
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

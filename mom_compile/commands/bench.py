@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--prompt", type=int, default=512, help="on a CPU: tokens of the prefill (512)")
     decode.add_argument("--forms", nargs="+", help="on a CPU: eager, compiled, onnxruntime (all)")
     decode.add_argument("--no-touched", action="store_true", help="on a CPU: leave out the touched states of one layer")
+    decode.add_argument(
+        "--one-thread", action="store_true", help="on a CPU that others use: one thread, by the time that it ran"
+    )
+    decode.add_argument("--artifact", type=Path, help="on a CPU: keep the exported model there, or take it from there")
     train = kinds.add_parser("train", help="forward + backward of model, layer and operator")
     train.add_argument("--size", help="model (512m; on a CPU tiny)")
     train.add_argument("--shape", nargs="+", metavar="BxT", help="batch x length of the steps (8x2048 1x16384)")
@@ -86,7 +90,16 @@ def _decode(args: argparse.Namespace) -> int:
                 raise ValueError(f"forms must be of {', '.join(FORMS)}, got {form!r}; choose among them")
         for name in args.size or ["50m"]:
             path = args.out and args.out / f"decode-cpu-{name}.csv"
-            bench_decode_cpu(name, args.batch or [1], args.prompt, forms, not args.no_touched, path=path)
+            bench_decode_cpu(
+                name,
+                args.batch or [1],
+                args.prompt,
+                forms,
+                not args.no_touched,
+                path=path,
+                folder=args.artifact,
+                one_thread=args.one_thread,
+            )
         return 0
     from ..bench.decode import Options, bench_decode, plot_decode
 

@@ -1,0 +1,146 @@
+"""``mom::decode_step`` for one token in as few nodes of ONNX Runtime as it takes: on a GPU each is a kernel to launch.
+
+Two ways through the memories: *masked*, all of them are computed, and those that the token did not select are kept by a
+decay and a beta of zero; *touched*, the selected ones are gathered, and only they come out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import RULES
+from ..ops.decode_step.op import Arguments
+from ..projections import retention_gate
+from .microsoft_nodes import causal_conv, decay_and_beta, linear_attention, rms_norm
+
+
+class _Gates(NamedTuple):
+    """``[B, m, HV]``, m = 1 where one serves all memories; None where the rule has none."""
+
+    g: Tensor | None
+    beta: Tensor | None
+    dt: Tensor | None  # multiplies v
+
+
+def masked_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``mom::decode_step`` for T = 1, without gather and scatter of states: CUDA's scatter is slow on such rows."""
+    args = _one_token(arguments)
+    batch, memories = args.recurrent_state.shape[:2]
+    weights, chosen = _route(args)
+    # Of the shared memory it is 1; one that underflows would select nothing.
+    rest = torch.tensor([[0.0] * (memories - args.shared) + [1.0] * args.shared])
+    weights = rest.expand(batch, memories).scatter(1, chosen, weights.clamp(min=1e-30))  # [B, M']
+    selected = weights.unsqueeze(2) > 0  # [B, M', 1]
+
+    g, beta, dt = (None if gate is None else torch.where(selected, gate, 0.0) for gate in _gates(args))
+    if beta is None and dt is None:  # nothing else keeps a memory from being written
+        dt = selected.float()
+    kv = args.kv.squeeze(1).expand(batch, memories, args.kv.shape[3])
+    qkv, window = _convolve(args, kv, args.conv_state)
+    if window is not None and args.conv_state is not None:
+        window = torch.where(selected.unsqueeze(3), window, args.conv_state)
+    o, state = _remember(args, qkv, _Gates(g, beta, dt), args.recurrent_state)
+    return _read(args, o, weights), state, o if window is None else window
+
+
+def touched_step(indices: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`masked_step`, the new states those of the k' selected memories; ``indices`` receives which."""
+    args = _one_token(arguments)
+    batch, memories = args.recurrent_state.shape[:2]
+    weights, chosen = _route(args)
+    if args.shared:
+        chosen, weights = F.pad(chosen, (0, 1), value=memories - 1), F.pad(weights, (0, 1), value=1.0)
+    indices.append(chosen)
+    pool = torch.arange(batch, device=chosen.device).unsqueeze(1) * memories + chosen  # [B, k']
+
+    def pick(x: Tensor) -> Tensor:
+        """``[B, M', ...]`` -> ``[B, k', ...]``; with one entry for all memories, that one."""
+        if x.shape[1] == 1:
+            return x
+        return x.flatten(0, 1).index_select(0, pool.flatten()).unflatten(0, pool.shape)
+
+    gates = _Gates(*(None if gate is None else pick(gate) for gate in _gates(args)))
+    kv = pick(args.kv.squeeze(1)).expand(*pool.shape, args.kv.shape[3])
+    qkv, window = _convolve(args, kv, None if args.conv_state is None else pick(args.conv_state))
+    o, state = _remember(args, qkv, gates, pick(args.recurrent_state))
+    return _read(args, o, weights), state, o if window is None else window
+
+
+def _one_token(arguments: tuple[Any, ...]) -> Arguments:
+    args = Arguments(*arguments)
+    assert args.q.shape[1] == 1 and args.valid is None and args.norm_weight is None
+    return args
+
+
+def _route(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Weights and choices ``[B, k]``."""
+    if args.router_logits is None:
+        assert args.router_weights is not None and args.router_indices is not None
+        return args.router_weights.squeeze(1), args.router_indices.squeeze(1)
+    logits = args.router_logits.squeeze(1)
+    if args.router_indices is None:
+        values, chosen = torch.topk(logits, args.topk, -1)  # ONNX TopK takes the lowest index among equals
+    else:
+        chosen = args.router_indices.squeeze(1)
+        values = logits.gather(1, chosen)
+    return torch.softmax(values, -1), chosen
+
+
+def _gates(args: Arguments) -> _Gates:
+    a, b, (batch, _, value_heads) = args.a, args.b, args.recurrent_state.shape[:3]
+    if RULES[args.rule].gate == "head":
+        return _Gates(retention_gate(value_heads, args.q.device).expand(batch, 1, value_heads), None, None)
+    if a is None:
+        return _Gates(None, None if b is None else b.squeeze(1).sigmoid(), None)
+    assert args.A_log is not None and args.dt_bias is not None
+    if b is None:
+        dt = F.softplus(a.squeeze(1) + args.dt_bias)
+        return _Gates(-args.A_log.exp() * dt, None, dt)
+    decay, beta = decay_and_beta(
+        a.flatten(2), args.dt_bias.repeat(a.shape[2]), args.A_log.repeat(a.shape[2]), b.flatten(2)
+    )
+    return _Gates(decay.view(batch, -1, value_heads), beta.view(batch, -1, value_heads), None)
+
+
+def _convolve(args: Arguments, kv: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """q, k and v behind convolution and SiLU ``[B, m, C]``, and the new window of ``past`` ``[B, m, C, W-1]``."""
+    qkv = torch.cat([args.q.expand(*kv.shape[:2], args.q.shape[2]), kv], 2)
+    if past is None:
+        return F.silu(qkv), None
+    assert args.conv_weight is not None
+    # The channels of all memories in one axis, as the graphs carry the state.
+    weight = args.conv_weight.to(qkv.dtype).unsqueeze(1).repeat(kv.shape[1], 1, 1)
+    y, window = causal_conv(qkv.flatten(1).unsqueeze(2), weight, past.to(qkv.dtype).flatten(1, 2), "silu")
+    return y.view(qkv.shape), window.view(past.shape).to(past.dtype)
+
+
+def _remember(args: Arguments, qkv: Tensor, gates: _Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of q and k and the rule: o ``[B, m, HV * V]`` and the new state."""
+    rule, key_size, (memories, value_heads, key_dim, value_dim) = RULES[args.rule], args.q.shape[2], state.shape[1:]
+    qk, v = qkv.split([2 * key_size, value_heads * value_dim], 2)
+    # x rsqrt(sum x^2 + 1e-6), as an RMSNorm.
+    unit = torch.full((key_dim,), key_dim**-0.5)
+    qk = rms_norm(qk.unflatten(2, (-1, key_dim)), (key_dim,), unit, 1e-6 / key_dim)
+    q, k = qk.split(key_size // key_dim, 2)
+    v = v.unflatten(2, (value_heads, value_dim))
+    if gates.dt is not None:
+        v = v * gates.dt.unsqueeze(3)
+
+    def merge(part: Tensor) -> Tensor:
+        """``[B, m, h, ...]`` -> ``[B, 1, m * h, ...]``."""
+        return part.expand(part.shape[0], memories, *part.shape[2:]).flatten(1, 2).unsqueeze(1)
+
+    g, beta = (None if gate is None else merge(gate) for gate in (gates.g, gates.beta))
+    wide = state.flatten(1, 2).float()
+    o, final_state = linear_attention(rule, merge(q), merge(k), merge(v), g, beta, wide, args.scale)
+    return o.view(-1, memories, value_heads * value_dim), final_state.to(state.dtype).view(state.shape)
+
+
+def _read(args: Arguments, o: Tensor, weights: Tensor) -> Tensor:
+    """The sum of what the memories gave, by the weights ``[B, m]``: ``[B, 1, HV, V]``."""
+    value_heads, value_dim = args.recurrent_state.shape[2], args.recurrent_state.shape[4]
+    return (weights.unsqueeze(1) @ o).unflatten(2, (value_heads, value_dim)).to(args.q.dtype)
