@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .._tensors import wide
 
 
 def combine_fwd(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> Tensor:
     rows, topk = o.flatten(1), weights.shape[1]
-    dtype = _accumulator(o.dtype)
+    dtype = wide(o.dtype)
     y = torch.zeros(slot_of.shape[0], rows.shape[1], dtype=dtype, device=o.device)
     if rows.shape[0]:
         for j in range(slot_of.shape[1]):
@@ -25,7 +23,7 @@ def combine_fwd(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -
 
 def combine_bwd(dy: Tensor, o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> tuple[Tensor, Tensor]:
     rows, topk, choices = o.flatten(1), weights.shape[1], slot_of.shape[1]
-    dtype = _accumulator(o.dtype)
+    dtype = wide(o.dtype)
     dy = dy.flatten(1).to(dtype)
     if dy.shape[0] == 0 or rows.shape[0] == 0:
         return torch.zeros_like(o), torch.zeros_like(weights)

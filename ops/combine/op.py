@@ -15,7 +15,7 @@ from . import cpu
 launch = LazyLaunch(__package__ or "")
 
 
-def _check(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> None:
+def check(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> None:
     check_rank("o", o, "[S, HV, V]")
     check_dtype("o", o, FLOATS)
     check_rank("weights", weights, "[T, k]")
@@ -31,22 +31,22 @@ def _check(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> Non
 
 
 def _fake(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> Tensor:
-    _check(o, weights, slot_of, entry_of)
+    check(o, weights, slot_of, entry_of)
     return o.new_empty(slot_of.shape[0], o.shape[1], o.shape[2])
 
 
 def _cpu(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> Tensor:
-    _check(o, weights, slot_of, entry_of)
+    check(o, weights, slot_of, entry_of)
     return cpu.combine_fwd(o, weights, slot_of, entry_of)
 
 
 def _triton(o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> Tensor:
-    _check(o, weights, slot_of, entry_of)
+    check(o, weights, slot_of, entry_of)
     return launch.combine_fwd(o.contiguous(), weights.contiguous(), slot_of.contiguous(), entry_of.contiguous())
 
 
 def _bwd_fake(dy: Tensor, o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor) -> tuple[Tensor, Tensor]:
-    _check(o, weights, slot_of, entry_of)
+    check(o, weights, slot_of, entry_of)
     check_shape("dy", dy, (slot_of.shape[0], o.shape[1], o.shape[2]), "[T, HV, V]")
     return o.new_empty(o.shape), weights.new_empty(weights.shape)
 

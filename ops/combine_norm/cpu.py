@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .._tensors import widened
 from ..combine.cpu import combine_bwd, combine_fwd
 from ..gated_rms_norm.cpu import gated_rms_norm_bwd, gated_rms_norm_fwd
-
-
-def _up(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def combine_norm_fwd(
     o: Tensor, weights: Tensor, slot_of: Tensor, entry_of: Tensor, gate: Tensor, norm_weight: Tensor, eps: float
 ) -> Tensor:
-    combined = combine_fwd(_up(o), weights, slot_of, entry_of)
+    combined = combine_fwd(widened(o), weights, slot_of, entry_of)
     return gated_rms_norm_fwd(combined, gate, norm_weight, eps).to(o.dtype)
 
 
@@ -30,7 +26,7 @@ def combine_norm_bwd(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _up(o)
+    wide = widened(o)
     combined = combine_fwd(wide, weights, slot_of, entry_of)
     dcombined, dgate, dnorm_weight = gated_rms_norm_bwd(dy, combined, gate, norm_weight, eps)
     do, dweights = combine_bwd(dcombined, wide, weights, slot_of, entry_of)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .._checks import check_dtype, check_same_device, check_shape
 from .._library import register_op
+from .._tensors import contiguous
 from .._triton import LazyLaunch
-from ..combine.op import _check as check_combine
+from ..combine.op import check as check_combine
 from . import cpu
 
 launch = LazyLaunch(__package__ or "")
@@ -34,10 +35,6 @@ def _fake(
     return gate.new_empty(gate.shape)
 
 
-def _contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-
-
 def _cpu(*args: Any) -> Tensor:
     _check(*args)
     return cpu.combine_norm_fwd(*args)
@@ -45,7 +42,7 @@ def _cpu(*args: Any) -> Tensor:
 
 def _triton(*args: Any) -> Tensor:
     _check(*args)
-    return launch.combine_norm_fwd(*_contiguous(args))
+    return launch.combine_norm_fwd(*contiguous(*args))
 
 
 def _bwd_fake(dy: Tensor, o: Tensor, *rest: Any) -> Four:
@@ -56,7 +53,7 @@ def _bwd_fake(dy: Tensor, o: Tensor, *rest: Any) -> Four:
 
 
 def _bwd_triton(*args: Any) -> Four:
-    return launch.combine_norm_bwd(*_contiguous(args))
+    return launch.combine_norm_bwd(*contiguous(*args))
 
 
 combine_norm_bwd = register_op(

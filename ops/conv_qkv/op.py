@@ -10,6 +10,7 @@ from torch import Tensor
 from .._checks import FLOATS, check_dtype, check_range, check_rank, check_same_device, check_shape
 from .._layout import check_segments
 from .._library import register_op
+from .._tensors import contiguous
 from .._triton import LazyLaunch
 from ..permute.op import permute_bwd
 from . import cpu
@@ -61,10 +62,6 @@ def _fake(*args: Any) -> Four:
     return heads, torch.empty_like(heads), values, state
 
 
-def _contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-
-
 def _cpu(*args: Any) -> Four:
     _check(*args)
     return cpu.conv_qkv_fwd(*args)
@@ -72,7 +69,7 @@ def _cpu(*args: Any) -> Four:
 
 def _triton(*args: Any) -> Four:
     _check(*args)
-    return launch.conv_qkv_fwd(*_contiguous(args))
+    return launch.conv_qkv_fwd(*contiguous(*args))
 
 
 def _bwd_fake(
@@ -88,7 +85,7 @@ def _bwd_fake(
 
 
 def _bwd_triton(*args: Any) -> Four:
-    return launch.conv_qkv_bwd(*_contiguous(args))
+    return launch.conv_qkv_bwd(*contiguous(*args))
 
 
 conv_qkv_bwd = register_op(

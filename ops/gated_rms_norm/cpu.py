@@ -5,28 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _up(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from .._tensors import widened
 
 
 def gated_rms_norm_fwd(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    value = _up(x)
+    value = widened(x)
     rstd = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
-    return (value * rstd * _up(weight) * torch.nn.functional.silu(_up(gate))).to(x.dtype)
+    return (value * rstd * widened(weight) * torch.nn.functional.silu(widened(gate))).to(x.dtype)
 
 
 def gated_rms_norm_bwd(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    value, gate_up, dy = _up(x), _up(gate), _up(dy)
+    value, gate_up, dy = widened(x), widened(gate), widened(dy)
     rstd = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     normed = value * rstd
     sigmoid = torch.sigmoid(gate_up)
     dgated = dy * normed
-    dgate = dgated * _up(weight) * sigmoid * (1 + gate_up * (1 - sigmoid))
+    dgate = dgated * widened(weight) * sigmoid * (1 + gate_up * (1 - sigmoid))
     silu = gate_up * sigmoid
     dweight = (dgated * silu).flatten(0, -2).sum(0)
-    dnormed = dy * _up(weight) * silu
+    dnormed = dy * widened(weight) * silu
     dx = rstd * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
     return dx.to(x.dtype), dgate.to(gate.dtype), dweight.to(weight.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._checks import FLOATS, check_dtype, check_rank, check_same_device, check_shape
 from .._layout import CHUNK, check_segments, row_mask
 from .._library import register_op
+from .._tensors import contiguous
 from .._triton import LazyLaunch
 from ..dispatch import sequence_plan
 from ..permute.op import permute, permute_bwd
@@ -74,10 +75,6 @@ def _check_chunk(
     check_same_device("q", q, initial_state=initial_state, segment_start=segment_start)
 
 
-def _contiguous(*args: Any) -> tuple[Any, ...]:
-    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-
-
 def _expand_head_gate(g: Tensor, segments: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """``[HV]`` -> ``[S, HV]``, zero on pad rows."""
     return row_mask(*segments).unsqueeze(1) * g
@@ -124,7 +121,7 @@ def _chunk_cpu(*args: Any) -> Six:
 
 def _chunk_triton(*args: Any) -> Six:
     _check_chunk(*args[:9])
-    return launch.chunk_fwd(*_contiguous(*args))
+    return launch.chunk_fwd(*contiguous(*args))
 
 
 def _chunk_bwd_fake(
@@ -161,7 +158,7 @@ def _chunk_bwd_cpu(*args: Any) -> Six:
 
 def _chunk_bwd_triton(*args: Any) -> Six:
     _check_chunk(*args[:9])
-    return launch.chunk_bwd(*_contiguous(*args))
+    return launch.chunk_bwd(*contiguous(*args))
 
 
 chunk_rule_bwd = register_op(
@@ -292,7 +289,7 @@ def _run_recurrent(triton: bool, args: tuple[Any, ...], state: Tensor) -> Tensor
     if not state.is_cuda:
         _check_recurrent_values(state, state_indices)
     if triton:
-        args = _contiguous(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)
+        args = contiguous(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)
         if args[5] is not state:
             raise ValueError("state must be contiguous to be updated in place, got a strided one; call .contiguous()")
         return launch.recurrent_fwd(*args)

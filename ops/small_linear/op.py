@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_dtype, check_rank, check_same_device, check_shape
 from .._library import register_op
+from .._tensors import wide
 from .._triton import LazyLaunch
 from . import cpu
 
 launch = LazyLaunch(__package__ or "")
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -29,7 +25,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight)
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=_wide(x.dtype))
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=wide(x.dtype))
 
 
 def _cpu(x: Tensor, weight: Tensor) -> Tensor:
@@ -45,7 +41,7 @@ def _triton(x: Tensor, weight: Tensor) -> Tensor:
 def _bwd_check(dy: Tensor, x: Tensor, weight: Tensor) -> None:
     _check(x, weight)
     check_shape("dy", dy, (x.shape[0], weight.shape[0]), "[T, n]")
-    check_dtype("dy", dy, (_wide(x.dtype),))
+    check_dtype("dy", dy, (wide(x.dtype),))
 
 
 def _bwd_fake(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
