@@ -54,8 +54,8 @@ def gate_rows_kernel(
         if TIMES_DT:
             lane = tl.arange(0, BLOCK_V)
             for one in range(HV):
-                value = tl.load(small + first + one, mask=real, other=0.0)
-                dt_of = softplus(value + tl.load(dt_bias + one).to(tl.float32))
+                of_one = tl.load(small + first + one, mask=real, other=0.0)
+                dt_of = softplus(of_one + tl.load(dt_bias + one).to(tl.float32))
                 address = v + (row[:, None] * HV + one) * V + lane[None, :]
                 valid = real[:, None] & (lane < V)[None, :]
                 old = tl.load(address, mask=valid, other=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class Config:
         """The constants and, where the kernel knows of it, whether it overlaps."""
         return self.constants if self.overlap is None else {**self.constants, "PDL": overlap}
 
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        return *self.constants.values(), self.num_warps, self.num_stages, self.registers
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -59,12 +63,27 @@ class Launch:
             return
         device = next(x.device for x in self.args if isinstance(x, Tensor))
         # Triton launches on the current device, which need not be that of the tensors.
+        elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            self._run_on(device)
+
+    def _run_on(self, device: torch.device) -> None:
+        # What Triton compiles for. Its own look-up of a compiled kernel takes longer than many of the kernels run.
+        key = id(self.kernel), device, self.config.key, *map(_specialization, self.args)
+        known = _compiled.get(key)
+        if known is not None:
+            compiled, in_order = known
+            compiled[(*self.grid, 1, 1)[:3]](*self.args, *in_order)
+            return
         settings = options(self.config.num_warps, self.config.num_stages, self.config.registers)
         overlap = bool(self.config.overlap) and _overlaps(device)
         if self.config.overlap is not None:
             settings["launch_pdl"] = overlap
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](*self.args, **self.config.all_constants(overlap), **settings)
+        constants = self.config.all_constants(overlap)
+        compiled = self.kernel[self.grid](*self.args, **constants, **settings)
+        if compiled is not None:  # the interpreter compiles nothing
+            names = self.kernel.arg_names[len(self.args) :]
+            _compiled[key] = compiled, tuple(constants[name] for name in names)
 
     def trace(self) -> None:
         """Make the launch a node of the graph that is being traced; sizes of the grid may be symbols."""
@@ -75,6 +94,19 @@ class Launch:
             constants["FENCE"], stages = False, 1
         # Options other than these two have no place in a graph.
         traced(*self.args, **constants, num_warps=self.config.num_warps, num_stages=stages)
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""Kernel, device, configuration and what Triton specialises on -> compiled kernel and its constants in order."""
+
+
+def _specialization(x: Any) -> Any:
+    """What Triton may compile anew for: dtype and alignment of a pointer; of an integer 1, multiples of 16, its width."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, -(1 << 31) <= x < 1 << 31
+    return type(x)
 
 
 _hook: Callable[[Launch], None] | None = None

@@ -138,7 +138,8 @@ class _Guarded:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = int(torch.Size(shape).numel())
-        whole = torch.full((count + 2 * GUARD,), float("nan"), dtype=dtype)
+        # A backward runs in a thread of its own, which knows nothing of the default device.
+        whole = torch.full((count + 2 * GUARD,), float("nan"), dtype=dtype, device="cuda")
         self.bands += [whole[:GUARD], whole[GUARD + count :]]
         return whole[GUARD : GUARD + count].view(shape)
 

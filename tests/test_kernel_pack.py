@@ -306,14 +306,17 @@ def test_the_command_line(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.kernels
-def test_every_architecture(tmp_path: Path) -> None:
-    model = MoMForCausalLM(MoMConfig(vocab_size=257, hidden_size=256, num_hidden_layers=1, num_heads=4, head_dim=64))
-    manifest = to_kernels(model.bfloat16(), tmp_path / "kernels")
+@pytest.mark.parametrize(
+    ("rule", "architectures"),
+    [pytest.param("gated_delta", ARCHITECTURES, id="all"), pytest.param("mamba2", (90,), id="mamba2-sm90")],
+)
+def test_every_architecture(rule: str, architectures: tuple[int, ...], tmp_path: Path) -> None:
+    manifest = to_kernels(model_for_gpu(update_rule=rule), tmp_path / "kernels", architectures)
     found = {
         (kernel["architecture"], kernel["name"]) for f in manifest["functions"].values() for kernel in f["kernels"]
     }
-    assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
-    assert len(found) % len(ARCHITECTURES) == 0
+    assert {architecture for architecture, _ in found} == set(architectures)
+    assert len(found) % len(architectures) == 0
     _build(tmp_path / "kernels", tmp_path / "check_pack")
 
 

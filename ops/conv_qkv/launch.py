@@ -100,7 +100,7 @@ def conv_qkv_bwd(
         conv_qkv_bwd_kernel, _programs(rows // CHUNK, config), config, dq, dk, dv, by_slot, q, kv, weight, state,
         entry_of, segment_start, segment_length, chunk_segment, dq_rows, dkv, partial, rows, tokens, segments,
     )  # fmt: skip
-    dweight = partial.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format)
+    dweight = partial.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format).contiguous()
     if initial_state is None:
         return dq_rows, dkv, dweight, q.new_empty(0)
     dinitial = torch.empty_like(initial_state)

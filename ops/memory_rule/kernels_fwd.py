@@ -370,6 +370,9 @@ def chunk_scan_kernel(
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             v_tile = product(a_tile, v_tile.to(a_tile.dtype), zero, PRECISION)
             store_rows(v_new + target, v_tile, row, value, HV * V, V)
+            if HAS_GATE:
+                # As it is kept: the backward's states come from v_new, and no later read corrects what would differ.
+                v_tile = v_tile.to(v_new.dtype.element_ty).to(tl.float32)
         if HAS_GATE:
             v_tile *= to_end[:, None]
         fence_copies(FENCE)
