@@ -76,7 +76,9 @@ def run_with_policy(
     """
     if policy == "auto":
         policy = "selective" if torch.compiler.is_compiling() else "save"
-    if policy == "save" or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    # Dynamo of torch before 2.12 answers is_exporting with yes in every torch.compile.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if policy == "save" or not torch.is_grad_enabled() or exporting:
         return function(*args)
     options: dict[str, Any] = {"context_fn": _selective} if policy == "selective" else {}
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, **options)  # type: ignore[no-any-return]

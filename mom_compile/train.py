@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._extras import check_installed, require
 from ._files import atomic_directory, write_json
+from .captured_step import CapturedStep
 from .checkpoint import (
     TrainerState,
     load_model,
@@ -55,6 +56,7 @@ CHANGEABLE = (
     "clip",
     "compile",
     "memory",
+    "cuda_graph",
     "device",
     "log_every",
     "eval_every",
@@ -84,6 +86,7 @@ class TrainConfig:
         compile: torch.compile every ``block`` (one graph for them all: a short first step), the whole ``model``, or
             ``none``; runs eagerly, and says so, where there is no compiler.
         memory: what is kept for the backward, see :mod:`mom_compile.memory_policy`.
+        cuda_graph: forward and backward as one CUDA graph from the second step on; no effect elsewhere.
         device: such as cpu or cuda; None: CUDA if there is one.
         bf16: bfloat16 autocast; None: on CUDA devices that have it. Weights and their updates stay float32.
         progress: show a progress bar.
@@ -111,6 +114,7 @@ class TrainConfig:
     save_every: int = 200
     compile: str = "block"
     memory: str = "auto"
+    cuda_graph: bool = True
     device: str | None = None
     bf16: bool | None = None
     progress: bool = True
@@ -266,6 +270,8 @@ class Trainer:
         self.first_step_seconds = 0.0
         self.last_step: StepResult | None = None
         self._loss: Callable[..., Any] = window_loss
+        self._captured: CapturedStep | None = None
+        self._warm = False
         self.model.set_memory_policy(config.memory)
         if self.compiled and config.compile == "model":
             self._loss = torch.compile(window_loss, fullgraph=True)
@@ -326,20 +332,10 @@ class Trainer:
         array, num_bytes = self.sampler.windows(self.step)
         windows = torch.from_numpy(array).to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        losses, aux_losses, choices = [], [], []
-        for part in windows.chunk(config.accumulate):
-            with self._autocast():
-                loss, aux_loss, router_logits = self._loss(self.model, part)
-                total = loss + self.model.config.aux_loss_scale * aux_loss
-            (total / config.accumulate).backward()
-            losses.append(loss.detach())
-            aux_losses.append(aux_loss.detach())
-            choices.append(choice_counts(router_logits, self.model.config.topk))
+        loss, aux_loss, choices = self._run_gradients(windows)
         norm = clip_gradients(self.model, config.clip)
         # One transfer for the three: each would make a GPU wait.
-        mean_loss, mean_aux, grad_norm = torch.stack(
-            [torch.stack(losses).mean(), torch.stack(aux_losses).mean(), norm]
-        ).tolist()
+        mean_loss, mean_aux, grad_norm = torch.stack([loss, aux_loss, norm]).tolist()
         if not all(map(math.isfinite, (mean_loss, mean_aux, grad_norm))):
             raise ValueError(
                 f"loss and gradients must be finite, got loss {mean_loss} and gradient norm {grad_norm} at step "
@@ -351,10 +347,36 @@ class Trainer:
             mean_loss,
             mean_aux,
             grad_norm,
-            torch.stack(choices).sum(0),
+            choices.clone(),  # the next replay overwrites them
             num_bytes,
             windows.shape[0] * (windows.shape[1] - 1),
         )
+
+    def _run_gradients(self, windows: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`_gradients`, captured on a GPU once its first call has compiled everything."""
+        if self.device.type != "cuda" or not self.config.cuda_graph:
+            return self._gradients(windows)
+        if self._captured is not None:
+            return self._captured(windows)
+        if self.compiled and not self._warm:
+            self._warm = True
+            return self._gradients(windows)
+        self._captured = CapturedStep(self._gradients, self.model.parameters(), windows)
+        return self._captured(windows)
+
+    def _gradients(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add up the gradients of windows ``[B, L+1]``; loss, balance loss and the router's choices by memory."""
+        config = self.config
+        losses, aux_losses, choices = [], [], []
+        for part in windows.chunk(config.accumulate):
+            with self._autocast():
+                loss, aux_loss, router_logits = self._loss(self.model, part)
+                total = loss + self.model.config.aux_loss_scale * aux_loss
+            (total / config.accumulate).backward()
+            losses.append(loss.detach())
+            aux_losses.append(aux_loss.detach())
+            choices.append(choice_counts(router_logits, self.model.config.topk))
+        return torch.stack(losses).mean(), torch.stack(aux_losses).mean(), torch.stack(choices).sum(0)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         bf16 = self.config.bf16

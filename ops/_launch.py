@@ -45,7 +45,7 @@ class Config:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        return *self.constants.values(), self.num_warps, self.num_stages, self.registers
+        return *self.constants.values(), self.num_warps, self.num_stages, self.overlap, self.registers
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _specialization(x: Any) -> Any:
-    """What Triton may compile anew for: dtype and alignment of a pointer; of an integer 1, multiples of 16, its width."""
+    """What Triton may compile anew for: dtype and alignment of a pointer, 1, multiples of 16, an integer's width."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mom_compile import MoMConfig, MoMForCausalLM
+from mom_compile.captured_step import CapturedStep
 from mom_compile.optim import clip_gradients, make_adamw
-from mom_compile.train import window_loss
+from mom_compile.train import TrainConfig, Trainer, window_loss
 
 pytestmark = pytest.mark.gpu
 POLICIES = ("save", "selective", "block")
@@ -79,38 +81,50 @@ def test_a_training_step_waits_for_nothing(policy: Any, compiled: bool) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_training_step_as_a_cuda_graph(compiled: bool) -> None:
-    """The optimizer included: replays leave the parameters that the same steps leave without a graph."""
-    eager = _model()
-    captured = copy.deepcopy(eager)
-    windows = _windows(8)
-    models = {"eager": eager, "captured": captured}
+    """Replays leave the losses and the parameters that the same steps leave without a graph."""
+    models = {"plain": _model()}
+    models["captured"] = copy.deepcopy(models["plain"])
     optimizers = {name: make_adamw(model, 1e-3, 0.1) for name, model in models.items()}
-    for group in optimizers["captured"].param_groups:
-        group["capturable"] = True
     for model in models.values():
         model.set_memory_policy("selective")
         if compiled:
             _compile_blocks(model)
-    buffer = windows[0].clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for each in windows[:3]:
-            buffer.copy_(each)
-            _step(captured, optimizers["captured"], buffer)
-    torch.cuda.current_stream().wait_stream(stream)
-    optimizers["captured"].zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = _step(captured, optimizers["captured"], buffer)
-    for index, each in enumerate(windows):
-        expected = _step(eager, optimizers["eager"], each)
-        if index >= 3:
-            buffer.copy_(each)
-            graph.replay()
-            assert torch.equal(loss, expected)
-    for (name, a), b in zip(eager.named_parameters(), captured.parameters(), strict=True):
+
+    def gradients(model: MoMForCausalLM, windows: Tensor) -> tuple[Tensor, ...]:
+        loss, aux_loss, _ = window_loss(model, windows)
+        (loss + 0.01 * aux_loss).backward()
+        return loss.detach(), aux_loss.detach()
+
+    windows = _windows(8)
+    captured = CapturedStep(
+        lambda windows: gradients(models["captured"], windows), models["captured"].parameters(), windows[0]
+    )
+    for each in windows:
+        optimizers["plain"].zero_grad(set_to_none=True)
+        expected = gradients(models["plain"], each)
+        optimizers["captured"].zero_grad(set_to_none=True)
+        assert all(torch.equal(a, b) for a, b in zip(captured(each), expected, strict=True))
+        for optimizer in optimizers.values():
+            optimizer.step()
+    for (name, a), b in zip(models["plain"].named_parameters(), models["captured"].parameters(), strict=True):
         assert torch.equal(a, b), name
+    with pytest.raises(ValueError, match="captured shapes"):
+        captured(windows[0][:1])
+
+
+def test_a_run_with_and_without_a_cuda_graph(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 23) for i in range(20000)))
+    losses = []
+    for cuda_graph in (False, True):
+        config = TrainConfig(
+            data=[str(text)], out=str(tmp_path / f"run-{cuda_graph}"), batch_size=4, seq_len=64, accumulate=2,
+            max_steps=8, log_every=1, cuda_graph=cuda_graph, progress=False, device="cuda",
+        )  # fmt: skip
+        trainer = Trainer(config, tiny_config(vocab_size=257))
+        losses.append([trainer.train_step().loss for _ in range(8)])
+        assert (trainer._captured is not None) == cuda_graph
+    assert losses[0] == losses[1]
 
 
 def test_policies_keep_less_and_give_the_same_gradients() -> None:

@@ -209,14 +209,19 @@ def test_states_from_v_new_are_those_of_the_forward() -> None:
     """The backward replays the writes and nothing corrects it, so the writes must be the forward's to the last bit."""
     from mom_compile.ops.memory_rule import launch
 
-    q, k, v, g, beta = (x for x in rule_inputs("gated_delta", (1, 512), 1, 1, 32, 32, kind="correlated"))
-    rows = [x.flatten(0, 1).contiguous() for x in (q.bfloat16(), k.bfloat16(), v.bfloat16(), g, beta)]
-    tables = tuple(torch.tensor(x, dtype=torch.int32) for x in ([0], [512], [0] * 8))
-    saved = launch.chunk_fwd(*rows, None, *tables, 32**-0.5, SAVE_STATES | SAVE_V_NEW)
-    states, v_new = saved[4], saved[5]
-    heads = launch._heads(rows[0], rows[2], rows[3], None)
-    gates = launch._gates(heads, rows[3], None, tables)
-    _, replayed, _ = launch._scan(heads, rows[1], v_new, gates, None, None, tables)
+    q, k, v, g, beta = (
+        x[0] for x in rule_inputs("gated_delta", (1, 512), 1, 1, 32, 32, kind="correlated") if x is not None
+    )
+    q, k, v = (x.bfloat16().contiguous() for x in (q, k, v))
+    tables = (
+        torch.tensor([0], dtype=torch.int32),
+        torch.tensor([512], dtype=torch.int32),
+        torch.zeros(8, dtype=torch.int32),
+    )
+    save = SAVE_STATES | SAVE_V_NEW
+    *_, states, v_new = launch.chunk_fwd(q, k, v, g, beta, None, *tables, 32**-0.5, save)
+    gates = launch._gates(launch._heads(q, v, g, None), g, None, tables)
+    _, replayed, _ = launch._scan(launch._heads(q, v, g, None), k, v_new, gates, None, None, tables)
     # The sums of a GPU are split differently in the two kernels: a few of the stored states round to a neighbour.
     assert relative(replayed, states) <= (0 if INTERPRET else 2e-4)
 

@@ -16,6 +16,7 @@ import torch
 from models import tiny_config
 
 from mom_compile import MoMForCausalLM
+from mom_compile.captured_step import CapturedStep
 from mom_compile.cli import main
 from mom_compile.data import TextData, tokenize
 from mom_compile.evaluate import evaluate
@@ -317,3 +318,8 @@ def test_training_with_a_tokenizer_file_counts_bytes_exactly(tmp_path: Path) -> 
     again = Trainer(config, resume=True, say=lambda message: None)  # the checkpoint has a copy
     assert again.tokenizer.name == "tokenizers" and again.step == 1
     assert again.run() and (tmp_path / "run" / "model" / "tokenizer.json").is_file()
+
+
+def test_a_step_is_captured_on_a_gpu_alone() -> None:
+    with pytest.raises(ValueError, match="CUDA device"):
+        CapturedStep(lambda x: (x,), [], torch.zeros(1))

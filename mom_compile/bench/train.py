@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..captured_step import CapturedStep
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import MoMAttention
@@ -47,6 +48,7 @@ class Options(NamedTuple):
         shapes: (batch, length) of the steps; the first one's first call is the warm-up that is reported.
         compile: run every block through ``torch.compile`` (regional compilation).
         memory: memory policy, see :mod:`mom_compile.memory_policy`.
+        graph: on a GPU, replay our steps as one CUDA graph each, as ``train`` does.
         repeats: measurements a median is over; a third of it from ``LONG`` tokens up.
         peers: folder of adapters or None.
         operators: also the gated delta rule beside the peers'.
@@ -58,6 +60,7 @@ class Options(NamedTuple):
     shapes: Sequence[tuple[int, int]] = ((8, 2048), (1, 16384))
     compile: bool = True
     memory: str = "auto"
+    graph: bool = True
     repeats: int = 6
     peers: Path | None = None
     operators: bool = True
@@ -113,6 +116,8 @@ def _model(
     torch.manual_seed(0)
     model = MoMForCausalLM(config).to(device, dtype).train()
     model.set_memory_policy(options.memory)
+    leaves = list(model.parameters())
+    graph = options.graph and device.type == "cuda"
     if options.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True)
@@ -127,7 +132,6 @@ def _model(
             loss = model(ids, labels=ids).loss
             assert loss is not None
             loss.backward()
-            model.zero_grad()
 
         free(device)  # what a step that did not fit had allocated is held until its error is gone
         try:
@@ -137,9 +141,8 @@ def _model(
                 print(f"matrix product {ceilings.matmul / 1e12:.3g} TFLOP/s", flush=True)
             else:
                 since_start = None
-            ms, peak = _measure(
-                step, device, options.repeats if batch * length < LONG else max(options.repeats // 3, 2)
-            )
+            repeats = options.repeats if batch * length < LONG else max(options.repeats // 3, 2)
+            ms, peak = _measure(step, leaves, device, repeats, graph)
         except torch.OutOfMemoryError:
             model.zero_grad()
             table.add(**row, note="out of memory")
@@ -152,7 +155,7 @@ def _model(
             tflop_s=flops / 1e12, of_matmul=flops / ceilings.matmul,
             mfu=flops / ceilings.peak if ceilings.peak else None, peak_gib=peak, first_step_s=warm_up,
             since_start_s=since_start,
-            note=f"{'blocks compiled' if options.compile else 'eager'}, memory {options.memory}",
+            note=f"{_how('blocks compiled', options, graph)}, memory {options.memory}",
         )  # fmt: skip
     return times
 
@@ -160,19 +163,20 @@ def _model(
 def _layer(table: Table, options: Options, config: MoMConfig, device: torch.device, dtype: torch.dtype) -> None:
     batch, length = options.shapes[0]
     row = {"size": options.size, "level": "layer", "batch": batch, "length": length}
-    layers: list[tuple[str, str, Callable[[Tensor], Tensor]]] = []
+    layers: list[tuple[str, str, Callable[[Tensor], Tensor], bool]] = []
+    graph = options.graph and device.type == "cuda"
     ours = MoMAttention(config).to(device, dtype).train()
     if options.compile:
         ours.compile(fullgraph=True)
-    layers.append((OURS, "compiled" if options.compile else "eager", lambda x: ours(x)[0]))
+    layers.append((OURS, _how("compiled", options, graph), lambda x: ours(x)[0], graph))
     for peer in load_peers(options.peers, "layer"):
         if getattr(peer, "SLOW", False) and not options.slow_peers:
             print(f"{peer.NAME}'s layer tunes itself for minutes: --slow-peers times it")
             continue
         note = peer.unguarded() if hasattr(peer, "unguarded") else ""
-        layers.append((peer.NAME, note, peer.layer(config, device, dtype)))
+        layers.append((peer.NAME, note, peer.layer(config, device, dtype), False))
     base: float | None = None
-    for what, note, layer in layers:
+    for what, note, layer, graph in layers:
         x = torch.randn(batch, length, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
         grad = torch.randn_like(x)
 
@@ -180,13 +184,18 @@ def _layer(table: Table, options: Options, config: MoMConfig, device: torch.devi
             layer(x).backward(grad)
 
         warm_up, _ = _first(step, device)
-        ms, peak = _measure(step, device, options.repeats)
+        leaves = [x, *(ours.parameters() if what == OURS else ())]
+        ms, peak = _measure(step, leaves, device, options.repeats, graph)
         base = ms if base is None else base
         tokens = batch * length
         table.add(
             **row, what=what, ms=ms, tokens_per_s=tokens / ms * 1e3, us_per_token=ms * 1e3 / tokens,
             times_ours=ms / base, peak_gib=peak, first_step_s=warm_up, note=note or None,
         )  # fmt: skip
+
+
+def _how(compiled: str, options: Options, graph: bool) -> str:
+    return (compiled if options.compile else "eager") + ", CUDA graph" * graph
 
 
 def _first(step: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
@@ -197,12 +206,24 @@ def _first(step: Callable[[], object], device: torch.device) -> tuple[float, flo
     return seconds, seconds_since_start()
 
 
-def _measure(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float | None]:
-    """Median ms, and peak memory in GiB on a GPU."""
+def _measure(
+    step: Callable[[], None], leaves: Sequence[Tensor], device: torch.device, repeats: int, graph: bool
+) -> tuple[float, float | None]:
+    """Median ms, and peak memory in GiB on a GPU. ``leaves``: whose gradients a step makes, each time anew."""
+
+    def fresh() -> tuple[Tensor, ...]:
+        for leaf in leaves:
+            leaf.grad = None
+        step()
+        return ()
+
     if device.type != "cuda":
-        return median_ms(step, device, repeats, warm_up=1), None
+        return median_ms(fresh, device, repeats, warm_up=1), None
     torch.cuda.reset_peak_memory_stats(device)
-    ms = median_ms(step, device, repeats, warm_up=1)
+    run = CapturedStep(fresh, leaves) if graph else fresh
+    ms = median_ms(run, device, repeats, warm_up=1)
+    for leaf in leaves:
+        leaf.grad = None  # else it holds the graph's memory
     return ms, torch.cuda.max_memory_allocated(device) / 2**30
 
 

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--shape", nargs="+", metavar="BxT", help="batch x length of the steps (8x2048 1x16384)")
     train.add_argument("--length", type=int, nargs="*", help="lengths of one sequence as well (2048 to 262144)")
     train.add_argument("--no-compile", action="store_true", help="run the model eagerly")
+    train.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel of a step by itself")
     train.add_argument(
         "--memory", default="auto", metavar="POLICY", help="memory policy: auto (default), save, selective or block"
     )
@@ -129,6 +130,7 @@ def _train(args: argparse.Namespace) -> int:
         shapes=shapes,
         compile=not args.no_compile,
         memory=args.memory,
+        graph=not args.no_cuda_graph,
         peers=peers_folder(args.peers),
         operators=not args.quick,
         slow_peers=args.slow_peers,

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", default=argparse.SUPPRESS, metavar="POLICY",
         help="what is kept for the backward: auto (default), save, selective or block",
     )  # fmt: skip
+    parser.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel of a step by itself")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--device", default=argparse.SUPPRESS, help="such as cpu or cuda")
 
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"out": args.out}
     if args.no_progress:
         settings["progress"] = False
+    if args.no_cuda_graph:
+        settings["cuda_graph"] = False
     model_settings: dict[str, Any] = {
         {"num_layers": "num_hidden_layers"}.get(name, name): given[name]
         for name in (*_MODEL, "update_rule")
