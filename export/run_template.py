@@ -21,6 +21,20 @@ def zeros(entry: dict[str, Any]) -> OrtValue:
     return OrtValue.ortvalue_from_numpy(np.zeros(shape, entry["dtype"]))
 
 
+def session_of(graph: str, made_with: str) -> onnxruntime.InferenceSession:
+    """A session of a graph. What does not open in an older onnxruntime than it was made with asks for a newer one."""
+    try:
+        return onnxruntime.InferenceSession(str(FOLDER / graph), providers=["CPUExecutionProvider"])
+    except Exception as error:  # checked only here: many graphs do open in older versions
+        wanted, got = (version.split(".")[:2] for version in (made_with, onnxruntime.__version__))
+        if [*map(int, got)] >= [*map(int, wanted)]:
+            raise
+        sys.exit(
+            f"onnxruntime must open {graph}, made with {made_with}, got {onnxruntime.__version__}; "
+            f'run: pip install --upgrade "onnxruntime>={".".join(wanted)}" ({str(error).splitlines()[0][:200]})'
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompt", nargs="?", default="The ")
@@ -28,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     manifest = json.loads((FOLDER / "manifest.json").read_text())
     sessions = {
-        name: onnxruntime.InferenceSession(str(FOLDER / manifest["graphs"][name]), providers=["CPUExecutionProvider"])
+        name: session_of(manifest["graphs"][name], manifest["versions"]["onnxruntime"])
         for name in ("prefill", "decode")
     }
     if manifest["tokenizer"] == "tokenizers":

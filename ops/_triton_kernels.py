@@ -26,6 +26,14 @@ def after_previous():
 
 
 @helper
+def product(a, b, total):
+    """``total + a b`` for tiles of one dtype; the interpreter multiplies the bits of bfloat16 tiles as integers."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@helper
 def sigmoid(x):
     """``1 / (1 + exp(-x))`` of float32: relative error below 2^-20, results below 2^-126 are zero.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,28 @@ assert not {"torch", "triton", "mom_compile"} & set(sys.modules)
     ids = model.generate(torch.tensor([list(b"The ")]), 12, eos_token_id=256)[0].tolist()
     expected = bytes(i for i in ids if i < 256).decode(errors="replace")
     assert _run(code) == expected + "\n"
+
+
+def test_run_py_on_an_old_runtime(small_artifact: tuple[MoMForCausalLM, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("BranchwiseRMSNorm is not a registered function/op\nand more")
+
+    made_with = onnxruntime.__version__
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    run = str(small_artifact[1] / "run.py")
+    with pytest.raises(RuntimeError, match="not a registered function"):  # as new as the export: something else
+        runpy.run_path(run, run_name="__main__")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.9.1")
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(run, run_name="__main__")
+    wanted = ".".join(made_with.split(".")[:2])
+    assert refused.value.code == (
+        f"onnxruntime must open prefill.onnx, made with {made_with}, got 1.9.1; "
+        f'run: pip install --upgrade "onnxruntime>={wanted}" (BranchwiseRMSNorm is not a registered function/op)'
+    )
 
 
 def test_messages(small_artifact: tuple[MoMForCausalLM, Path]) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import INTERPRET
-from .._triton_kernels import after_previous, helper
-
-INTERPRETED = tl.constexpr(INTERPRET)
+from .._triton_kernels import after_previous, helper, product
 
 
 @helper
@@ -39,13 +36,6 @@ def _small_product(
         after_previous()
     value = _whole_row(x, norm_weight, row, eps, F, BF, NORM)
     tl.store(small + row * P + output, tl.sum(tile * value[None, :], 1), mask=output < P)
-
-
-@helper
-def _dot(a, b, total):
-    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total)
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -114,11 +104,11 @@ def decode_tile_kernel(
             value = tl.load(x + row[:, None] * F + feature[None, :], mask=mask, other=0.0)
             mask = (output < OUT)[None, :] & (feature < F)[:, None]
             source = weight + output.to(tl.int64)[None, :] * F + feature[:, None]
-            total = _dot(value, tl.load(source, mask=mask, other=0.0), total)
+            total = product(value, tl.load(source, mask=mask, other=0.0), total)
             if SWIGLU:
-                right = _dot(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
+                right = product(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
             if NORM:
-                squares = _dot(value, tl.trans(value), squares)
+                squares = product(value, tl.trans(value), squares)
         if NORM:
             square = tl.sum(tl.where(row[:, None] == row[None, :], squares, 0.0), 1)
             factor = 1.0 / tl.sqrt(square / F + eps)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import INTERPRET
-
-INTERPRETED = tl.constexpr(INTERPRET)
-"""The interpreter multiplies the bits of bfloat16 tiles as integers, so it gets float32 ones: the same products."""
+from .._triton_kernels import product
 
 
 @triton.jit
@@ -72,9 +69,7 @@ def grouped_linear_fwd_kernel(
                 right_mask = right_mask & (first + lane < D)[:, None]
             a = tl.load(left, mask=left_mask, other=0.0)
             b = tl.load(right, mask=right_mask, other=0.0)
-            if INTERPRETED:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")
+            total = product(a, b, total)
             left += BLOCK_D
             right += BLOCK_D * STRIDE_D
         tl.store(out, total.to(y.dtype.element_ty), mask=own[:, None] & (column < N)[None, :])
@@ -109,9 +104,7 @@ def grouped_linear_dweight_kernel(
         wide = row.to(tl.int64)
         a = tl.load(dy + wide[None, :] * N + column[:, None], mask=own[None, :] & (column < N)[:, None], other=0.0)
         b = tl.load(x + wide[:, None] * D + inner[None, :], mask=own[:, None] & (inner < D)[None, :], other=0.0)
-        if INTERPRETED:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = product(a, b, total)
     out = dweight + (group.to(tl.int64) * N + column)[:, None] * D + inner[None, :]
     tl.store(out, total.to(dweight.dtype.element_ty), mask=(column < N)[:, None] & (inner < D)[None, :])
 

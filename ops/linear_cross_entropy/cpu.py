@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tensors import wide
+
 CHUNK_ELEMENTS = 1 << 22
 """Logits that are made at once: few enough to stay in a cache."""
 
@@ -12,14 +14,14 @@ CHUNK_ELEMENTS = 1 << 22
 def linear_cross_entropy_fwd(
     x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = x.new_zeros((), dtype=accumulate)
+    dtype = wide(x.dtype)
+    total = x.new_zeros((), dtype=dtype)
     dx = torch.empty_like(x) if grads else x.new_empty(0)
-    dweight = weight.new_zeros(weight.shape, dtype=accumulate) if grads else x.new_empty(0)
+    dweight = weight.new_zeros(weight.shape, dtype=dtype) if grads else x.new_empty(0)
     step = max(CHUNK_ELEMENTS // max(weight.shape[0], 1), 1)
     for start in range(0, x.shape[0], step):
         rows, labels = x[start : start + step], target[start : start + step]
-        logits = (rows @ weight.t()).to(accumulate)
+        logits = (rows @ weight.t()).to(dtype)
         counts = labels != ignore_index
         index = torch.where(counts, labels, 0).unsqueeze(1)
         log_sum = logits.logsumexp(1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import FLOATS, check_dtype, check_rank, check_same_device, check_shape
 from .._library import register_op
+from .._tensors import wide
 from .._triton import LazyLaunch
 from . import cpu
 
@@ -38,9 +39,8 @@ def _check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 def _fake(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, grads: bool) -> Three:
     _check(x, weight, target)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
-        x.new_empty((), dtype=dtype),
+        x.new_empty((), dtype=wide(x.dtype)),
         x.new_empty(x.shape if grads else (0,)),
         weight.new_empty(weight.shape if grads else (0,)),
     )

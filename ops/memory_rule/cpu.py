@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._layout import CHUNK, row_mask
+from .._tensors import wide
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
 
 
@@ -60,10 +61,6 @@ class _Chunk(NamedTuple):
     total: Tensor | None  # exp(G_C)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _gather(x: Tensor, order: _Order, size: int, dtype: torch.dtype, groups: int = 1) -> Tensor:
     """Rows ``[S, h, d]`` -> ``[n, h * groups, C, d]``."""
     x = x.reshape(-1, size, *x.shape[1:]).index_select(0, order.chunks).to(dtype).transpose(1, 2)
@@ -83,7 +80,7 @@ def _scatter(x: Tensor, order: _Order, like: Tensor, groups: int = 1) -> Tensor:
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, order: _Order, size: int
 ) -> _Chunk:
-    dtype = _compute_dtype(v)
+    dtype = wide(v.dtype)
     groups = v.shape[1] // q.shape[1]
     decay = from_start = to_end = total = None
     if g is not None:
@@ -157,7 +154,7 @@ def _scan(
 
 def _initial(v: Tensor, key_dim: int, initial_state: Tensor | None, order: _Order) -> Tensor:
     """The state buffer of a scan, in its order."""
-    dtype = _compute_dtype(v)
+    dtype = wide(v.dtype)
     if initial_state is None:
         return torch.zeros(len(order.segments), v.shape[1], key_dim, v.shape[2], dtype=dtype)
     return initial_state.index_select(0, order.segments).to(dtype)
@@ -366,7 +363,7 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One token: q, k ``[B, H, K]``, v ``[B, HV, V]``, state ``[B, HV, K, V]``."""
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    dtype = wide(v.dtype)
     groups = v.shape[1] // q.shape[1]
     if groups > 1:
         q, k = q.repeat_interleave(groups, 1), k.repeat_interleave(groups, 1)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import INTERPRET
-
-# The interpreter patches the whole language at every call of a jitted function, which takes longer than the function.
-helper = (lambda function: function) if INTERPRET else triton.jit
+from .._triton_kernels import helper
 
 ROWS = tl.constexpr(64)
 # exp of anything below is 0 in float32, so a stronger decay of one token needs no larger sums.

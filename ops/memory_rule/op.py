@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import FLOATS, check_dtype, check_rank, check_same_device, check_shape
 from .._layout import CHUNK, check_segments, row_mask
 from .._library import register_op
-from .._tensors import contiguous
+from .._tensors import contiguous, wide
 from .._triton import LazyLaunch
 from ..dispatch import sequence_plan
 from ..permute.op import permute, permute_bwd
@@ -25,7 +25,7 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def _state_dtype(v: Tensor, initial_state: Tensor | None) -> torch.dtype:
     if initial_state is not None:
         return initial_state.dtype
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
+    return wide(v.dtype)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, axes: str) -> None:

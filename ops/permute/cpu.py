@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tensors import wide
+
 
 def permute_fwd(x: Tensor, slot_of: Tensor, entry_of: Tensor) -> Tensor:
     token = torch.div(entry_of, max(slot_of.shape[1], 1), rounding_mode="floor")
@@ -14,8 +16,7 @@ def permute_fwd(x: Tensor, slot_of: Tensor, entry_of: Tensor) -> Tensor:
 
 
 def permute_bwd(drows: Tensor, slot_of: Tensor) -> Tensor:
-    accumulate = torch.float64 if drows.dtype == torch.float64 else torch.float32
-    dx = torch.zeros(slot_of.shape[0], drows.shape[1], dtype=accumulate, device=drows.device)
+    dx = torch.zeros(slot_of.shape[0], drows.shape[1], dtype=wide(drows.dtype), device=drows.device)
     if drows.shape[0]:
         for choice in range(slot_of.shape[1]):
             slot = slot_of[:, choice]

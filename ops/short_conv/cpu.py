@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from .._layout import row_mask
+from .._tensors import wide
 
 BLOCK = 512
 """Rows worked on at once."""
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _heads(
@@ -75,7 +72,7 @@ def short_conv_fwd(
     chunk_segment: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype = _accumulate(x.dtype)
+    dtype = wide(x.dtype)
     width = weight.shape[1]
     value, taps = x.to(dtype), weight.to(dtype)
     real = row_mask(segment_start, segment_length, chunk_segment).to(dtype).unsqueeze(1)
@@ -117,7 +114,7 @@ def short_conv_bwd(
     chunk_segment: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulate(x.dtype)
+    dtype = wide(x.dtype)
     width = weight.shape[1]
     value, taps, dy = x.to(dtype), weight.to(dtype), dy.to(dtype)
 

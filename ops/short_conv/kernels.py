@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import INTERPRET
-
-helper = (lambda function: function) if INTERPRET else triton.jit
-"""The interpreter rewrites a @triton.jit function at every call from another, which a plain one is spared."""
+from .._triton_kernels import helper
 
 
 @helper

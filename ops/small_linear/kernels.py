@@ -9,15 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import INTERPRETED, helper
-
-
-@helper
-def _product(a, b, total):
-    """``total + a b`` for tiles of one dtype; the interpreter multiplies the bits of bfloat16 tiles as integers."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+from .._triton_kernels import product
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -38,7 +30,7 @@ def small_linear_fwd_kernel(
             left, right = left & (inner < D)[None, :], right & (inner < D)[:, None]
         a = tl.load(x + token[:, None] * D + inner[None, :], mask=left, other=0.0)
         b = tl.load(weight + output[None, :] * D + inner[:, None], mask=right, other=0.0)
-        total = _product(a, b, total)
+        total = product(a, b, total)
     tl.store(y + token[:, None] * N + output[None, :], total, mask=(token < tokens)[:, None] & (output < N)[None, :])
 
 
@@ -60,10 +52,10 @@ def small_linear_dx_kernel(
         b = tl.load(weight + output[:, None] * D + inner[None, :], mask=mask, other=0.0)
         if weight.dtype.element_ty == tl.bfloat16:
             high = grad.to(tl.bfloat16)
-            total = _product((grad - high.to(tl.float32)).to(tl.bfloat16), b, total)
-            total = _product(high, b, total)
+            total = product((grad - high.to(tl.float32)).to(tl.bfloat16), b, total)
+            total = product(high, b, total)
         else:
-            total = _product(grad, b.to(tl.float32), total)
+            total = product(grad, b.to(tl.float32), total)
     mask = (token < tokens)[:, None] & (inner < D)[None, :]
     tl.store(dx + token[:, None] * D + inner[None, :], total.to(dx.dtype.element_ty), mask=mask)
 
@@ -91,9 +83,9 @@ def small_linear_dweight_kernel(
         grad = tl.load(dy + token[:, None] * N + output[None, :], mask=mask, other=0.0)
         if x.dtype.element_ty == tl.bfloat16:
             high = grad.to(tl.bfloat16)
-            total = _product(a, (grad - high.to(tl.float32)).to(tl.bfloat16), total)
-            total = _product(a, high, total)
+            total = product(a, (grad - high.to(tl.float32)).to(tl.bfloat16), total)
+            total = product(a, high, total)
         else:
-            total = _product(a.to(tl.float32), grad, total)
+            total = product(a.to(tl.float32), grad, total)
     target = partial + (part.to(tl.int64) * N + output[None, :]) * D + inner[:, None]
     tl.store(target, total, mask=(output < N)[None, :] & (inner < D)[:, None])
