@@ -16,6 +16,7 @@ from typing import Any
 from ._kernel_variant import KernelVariant
 from ._launch import options
 from ._ptx_lint import lint
+from ._ttgir_lint import overwritten_operands
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Binary:
         shared: bytes of dynamic shared memory of a thread block.
         registers, spills: of one thread; spills in bytes.
         hidden: pointers that the entry point takes after the kernel's own arguments (Triton's scratch memory, unused).
-        hazards: what :func:`~mom_compile.ops._ptx_lint.lint` found.
+        hazards: what :func:`~mom_compile.ops._ptx_lint.lint` and
+            :func:`~mom_compile.ops._ttgir_lint.overwritten_operands` found.
     """
 
     symbol: str
@@ -97,7 +99,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Binary:
         registers=registers,
         spills=spills,
         hidden=taken - len(variant.signature),
-        hazards=tuple(lint(ptx, log, architecture, shared, spills)),
+        hazards=tuple(lint(ptx, log, architecture, shared, spills) + overwritten_operands(compiled.asm["ttgir"])),
     )
 
 

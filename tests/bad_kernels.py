@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mom_compile.ops.memory_rule.kernels_fwd import fence_copies
+from mom_compile.ops.memory_rule.kernels_fwd import fence_copies, finished
 
 
 @triton.jit
@@ -30,6 +30,25 @@ def product_of_loads(a, b, out, steps, N: tl.constexpr, FENCE: tl.constexpr):
         fence_copies(FENCE)
         total = tl.dot(left, right, total)
     tl.store(out + tile, total)
+
+
+@triton.jit
+def product_and_sum_of_a_load(a, b, out, sums, steps, N: tl.constexpr, WAIT: tl.constexpr):
+    """An operand of a pipelined product is read into registers as well; good where the product is waited for."""
+    row = tl.arange(0, N)
+    tile = row[:, None] * N + row[None, :]
+    total = tl.zeros([N, N], tl.float32)
+    along = tl.zeros([N], tl.float32)
+    for step in range(steps):
+        left = tl.load(a + step * (N * N) + tile)
+        right = tl.load(b + step * (N * N) + tile)
+        fence_copies(True)
+        total = tl.dot(left, right, total)
+        if WAIT:
+            total = finished(total)
+        along += tl.sum(left.to(tl.float32), 1)
+    tl.store(out + tile, total)
+    tl.store(sums + row, along)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from .kernels_fwd import (
     ROWS,
     block_of,
     fence_copies,
+    finished,
     key_tile,
     key_tile_t,
     load_gate,
@@ -168,7 +169,7 @@ def chunk_pairs_bwd_kernel(
             new_tile_t = load_rows_t(v_new + target, row, start + value, HV * V, count, V)
             v_tile = load_rows(v + target, row, start + value, HV * V, count, V).to(tl.float32)
             fence_copies(FENCE)
-            r = product(dw_tile, new_tile_t, r, PRECISION)
+            r = finished(product(dw_tile, new_tile_t, r, PRECISION))
             along_v += tl.sum(dw_tile.to(tl.float32) * v_tile, 1)
             store_rows(dv + target, dw_tile.to(tl.float32) * rate[:, None], row, start + value, HV * V, V)
         r = tl.where(strict, r, 0.0)
@@ -268,6 +269,10 @@ def chunk_bwd_kernel(
             dk_tile = product(new_tile, ds_tile_t, dk_tile, PRECISION)
             if HAS_DELTA:
                 dk_read = product(dw_tile, s_tile_t, dk_read, PRECISION)
+            if HAS_GATE and HAS_DELTA:
+                dk_read = finished(dk_read)
+            elif HAS_GATE:
+                dk_tile = finished(dk_tile)
             if HAS_GATE:
                 # Summed over what one thread has loaded: a sum over a whole axis is a barrier in each step.
                 both = s_tile_t.to(tl.float32) * ds_tile_t.to(tl.float32)

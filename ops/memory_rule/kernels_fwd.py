@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import helper
+from .._triton_kernels import INTERPRETED, helper
 
 ROWS = tl.constexpr(64)
 # exp of anything below is 0 in float32, so a stronger decay of one token needs no larger sums.
@@ -124,6 +124,20 @@ def fence_copies(FENCE: tl.constexpr):
     which Triton itself puts there from 3.7.1 on."""
     if FENCE:
         tl.inline_asm_elementwise("fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1)
+
+
+@helper
+def finished(acc):
+    """``acc``, once its product is done; in a loop behind a product of pipelined loads that are used besides.
+
+    Triton keeps one buffer more for a load that asynchronous products read, since the products are still under way when
+    the next copy starts; but not for a load that is read into registers as well (seen in 3.6.0): there the copy would
+    overwrite what the product reads.
+    """
+    if INTERPRETED:
+        return acc
+    else:
+        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @helper
