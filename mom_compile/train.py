@@ -42,6 +42,7 @@ from .model import MoMForCausalLM
 from .ops import linear_cross_entropy
 from .optim import clip_gradients, learning_rate_at, make_adamw
 from .plots import plot_run
+from .precompile import precompile_training
 from .pretrained import write_model
 from .run_folder import CHECKPOINT, MODEL
 from .tokenizer import Tokenizer, load_tokenizer
@@ -378,6 +379,10 @@ class Trainer:
             choices.append(choice_counts(router_logits, self.model.config.topk))
         return torch.stack(losses).mean(), torch.stack(aux_losses).mean(), torch.stack(choices).sum(0)
 
+    def _precompile(self) -> None:
+        with self._autocast():
+            precompile_training(self.model, self.config.batch_size // self.config.accumulate, self.config.seq_len)
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         bf16 = self.config.bf16
         if bf16 is None:
@@ -419,6 +424,8 @@ class Trainer:
             while self.progress() < 1 and not interrupt.raised:
                 begin = time.perf_counter()
                 rate = self.learning_rate()
+                if first:
+                    self._precompile()
                 result = self.last_step = self.train_step()
                 seconds = time.perf_counter() - begin
                 if first and self.compiled:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._kernel_variant import SHARED_MEMORY_KB, KernelVariant
 
@@ -69,21 +70,34 @@ class Launch:
 
     def _run_on(self, device: torch.device) -> None:
         # What Triton compiles for. Its own look-up of a compiled kernel takes longer than many of the kernels run.
-        key = id(self.kernel), device, self.config.key, *map(_specialization, self.args)
+        key = device, self.specialization
         known = _compiled.get(key)
         if known is not None:
             compiled, in_order = known
             compiled[(*self.grid, 1, 1)[:3]](*self.args, *in_order)
             return
+        keywords = self.keywords(device)
+        compiled = self.kernel[self.grid](*self.args, **keywords)
+        if compiled is not None:  # the interpreter compiles nothing
+            names = self.kernel.arg_names[len(self.args) :]
+            _compiled[key] = compiled, tuple(keywords[name] for name in names)
+
+    def keywords(self, device: torch.device) -> dict[str, Any]:
+        """Constants and options for a device. Triton takes another order for another kernel."""
         settings = options(self.config.num_warps, self.config.num_stages, self.config.registers)
         overlap = bool(self.config.overlap) and _overlaps(device)
         if self.config.overlap is not None:
             settings["launch_pdl"] = overlap
-        constants = self.config.all_constants(overlap)
-        compiled = self.kernel[self.grid](*self.args, **constants, **settings)
-        if compiled is not None:  # the interpreter compiles nothing
-            names = self.kernel.arg_names[len(self.args) :]
-            _compiled[key] = compiled, tuple(constants[name] for name in names)
+        return {**self.config.all_constants(overlap), **settings}
+
+    @property
+    def specialization(self) -> tuple[Any, ...]:
+        """What one compiled kernel serves: launches of one device with the same are of one kernel."""
+        return id(self.kernel), self.config.key, *map(_specialization, self.args)
+
+    def compile(self, device: torch.device) -> Any:
+        """Compile what :meth:`run` launches on ``device``, the current one; tensors may be those of the meta device."""
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.keywords(device))
 
     def trace(self) -> None:
         """Make the launch a node of the graph that is being traced; sizes of the grid may be symbols."""
@@ -110,7 +124,7 @@ def _specialization(x: Any) -> Any:
 
 
 _hook: Callable[[Launch], None] | None = None
-_architecture: int | None = None
+_architecture: int | torch.device | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> None:
@@ -123,12 +137,14 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any) -> No
 
 
 @contextlib.contextmanager
-def instead_of_launches(hook: Callable[[Launch], None], architecture: int | None = None) -> Iterator[None]:
+def instead_of_launches(
+    hook: Callable[[Launch], None], architecture: int | torch.device | None = None
+) -> Iterator[None]:
     """Give every launch to ``hook``, which may run it. With tensors of the meta device nothing needs a GPU.
 
     Args:
         hook: takes each launch.
-        architecture: compute capability times ten of the GPU to configure for; None: the device of the tensors.
+        architecture: compute capability times ten of the GPU to configure for, or a device; None: that of the tensors.
     """
     global _hook, _architecture
     before = _hook, _architecture
@@ -141,9 +157,23 @@ def instead_of_launches(hook: Callable[[Launch], None], architecture: int | None
 
 def shared_memory_kb(device: torch.device) -> int:
     """Shared memory of a thread block, in KiB; that of the smallest GPUs for the interpreter."""
-    if _architecture is not None:
+    if isinstance(_architecture, int):
         return SHARED_MEMORY_KB[_architecture]
-    return _device_shared_memory_kb(device)
+    return _device_shared_memory_kb(_architecture or device)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the GPU to configure for: that of :func:`instead_of_launches`, or ``device``."""
+    if isinstance(_architecture, int):
+        return divmod(_architecture, 10)
+    return torch.cuda.get_device_capability(_architecture or device)
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether ``x`` begins at a multiple of 16 bytes, as every allocation does."""
+    if isinstance(x, FakeTensor):
+        return x.storage_offset() * x.element_size() % 16 == 0
+    return x.data_ptr() % 16 == 0
 
 
 @cache

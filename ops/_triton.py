@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,25 @@ def use_triton(args: Sequence[Any]) -> bool:
                 return False
             return INTERPRET or value.is_cuda
     return False
+
+
+_standing_for_gpu = False
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether ``x`` lies on a GPU, or stands for a tensor that does (:func:`standing_for_gpu`)."""
+    return x.is_cuda or _standing_for_gpu
+
+
+@contextlib.contextmanager
+def standing_for_gpu() -> Iterator[None]:
+    """Inside, operators take every tensor for one on a GPU: they save what they do there, and check no values."""
+    global _standing_for_gpu
+    before, _standing_for_gpu = _standing_for_gpu, True
+    try:
+        yield
+    finally:
+        _standing_for_gpu = before
 
 
 class LazyLaunch:

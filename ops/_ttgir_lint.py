@@ -2,7 +2,7 @@
 
 Asynchronous products (``wgmma``, sm_90) of one iteration may be under way while the copies of a later one start. A copy
 must not go where such a product reads: Triton gives a load one buffer more for that, but not where it is read into
-registers as well (seen in 3.6.0: chunk_bwd and chunk_pairs_bwd gave other bits in 40 of 40 runs on an H200).
+registers as well (seen from 3.6.0 to 3.9.0: chunk_bwd and chunk_pairs_bwd gave other bits in 40 of 40 runs on an H200).
 """
 
 from __future__ import annotations

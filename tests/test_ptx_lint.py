@@ -10,6 +10,7 @@ from support import INTERPRET
 from mom_compile.ops._aot import Binary, compile_variant
 from mom_compile.ops._kernel_variant import KernelVariant
 from mom_compile.ops._ptx_lint import SPILL_LIMIT, lint, statements, unfenced_products
+from mom_compile.ops._ttgir_lint import overwritten_operands
 
 triton = pytest.importorskip("triton")
 if INTERPRET:
@@ -122,6 +123,38 @@ def test_a_compiled_product_of_loads() -> None:
 
 def test_a_fence_of_our_own() -> None:
     assert _compile("product_of_loads", num_stages=3, fence=True).hazards == ()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_copy_over_an_operand(waits: bool) -> None:
+    import bad_kernels
+
+    kernel, kinds = bad_kernels.product_and_sum_of_a_load, ("*bf16", "*bf16", "*fp32", "*fp32", "i32")
+    signature = dict(zip(kernel.arg_names, kinds, strict=False))
+    variant = KernelVariant("", kernel, signature, {"N": 64, "WAIT": waits}, 4, 3)
+    assert any("copies into" in text for text in compile_variant(variant, 90).hazards) != waits
+
+
+LOOP = """
+    %a = ttg.local_alloc : () -> !ttg.memdesc<{buffers}x64x64xbf16, #shared, #smem, mutable>
+    %a_0 = ttg.memdesc_index %a[%c0] : !ttg.memdesc<3x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+    %t_0 = ttg.async_copy_global_to_local %p, %a_0 mask %m : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+    %a_1 = ttg.memdesc_index %a[%c1] : !ttg.memdesc<3x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+    %t_1 = ttg.async_copy_global_to_local %p, %a_1 mask %m : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+    %r:2 = scf.for %i = %c0 to %n step %c1 iter_args(%acc = %zero) -> (tensor<64x64xf32>) : i32 {{
+      %a_2 = ttg.memdesc_index %a[%j] : !ttg.memdesc<3x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %d = ttng.warp_group_dot %a_2, %b, %acc {{inputPrecision = 0 : i32, isAsync = true}} : !ttg.memdesc<64x64xbf16>
+      %w:2 = ttng.warp_group_dot_wait %d, %a_2 {{pendings = {pendings} : i32}} : tensor<64x64xf32>
+      %a_3 = ttg.memdesc_index %a[%l] : !ttg.memdesc<3x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %t_3 = ttg.async_copy_global_to_local %p, %a_3 mask %m : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+      scf.yield %w#0, %t_3 : tensor<64x64xf32>
+    }}
+"""
+
+
+@pytest.mark.parametrize(("buffers", "pendings", "bad"), [(2, 1, True), (3, 1, False), (2, 0, False), (1, 0, False)])
+def test_copies_and_the_products_under_way(buffers: int, pendings: int, bad: bool) -> None:
+    assert bool(overwritten_operands(LOOP.format(buffers=buffers, pendings=pendings))) == bad
 
 
 def test_messages_are_read_when_the_kernel_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:

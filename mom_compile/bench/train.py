@@ -13,6 +13,7 @@ from ..captured_step import CapturedStep
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import MoMAttention
+from ..precompile import precompile_training
 from .counts import forward_flops
 from .measure import (
     device_name,
@@ -133,9 +134,13 @@ def _model(
             assert loss is not None
             loss.backward()
 
+        def first_step(batch: int = batch, length: int = length, step: Callable[[], None] = step) -> None:
+            precompile_training(model, batch, length)
+            step()
+
         free(device)  # what a step that did not fit had allocated is held until its error is gone
         try:
-            warm_up, since_start = _first(step, device)
+            warm_up, since_start = _first(first_step, device)
             if ceilings is None:
                 ceilings = Ceilings(matmul_ceiling(device, dtype), peak_flops(device))
                 print(f"matrix product {ceilings.matmul / 1e12:.3g} TFLOP/s", flush=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._checks import INTEGERS, check_dtype, check_range, check_rank, check_same_device, check_shape
 from .._layout import rows_bound
 from .._library import register_op
-from .._triton import LazyLaunch
+from .._triton import LazyLaunch, on_gpu
 from . import cpu
 
 launch = LazyLaunch(__package__ or "")
@@ -79,7 +79,7 @@ def _cpu(
     indices: Tensor, cu_seqlens: Tensor, valid: Tensor | None, num_memories: int, shared: bool, chunk_size: int
 ) -> Plan:
     _check(indices, cu_seqlens, valid, num_memories, shared, chunk_size)
-    if not indices.is_cuda:
+    if not on_gpu(indices):
         _check_values(indices, cu_seqlens, num_memories)
     return cpu.dispatch(indices.long(), cu_seqlens, valid, num_memories, shared, chunk_size)
 
@@ -88,7 +88,7 @@ def _triton(
     indices: Tensor, cu_seqlens: Tensor, valid: Tensor | None, num_memories: int, shared: bool, chunk_size: int
 ) -> Plan:
     _check(indices, cu_seqlens, valid, num_memories, shared, chunk_size)
-    if not indices.is_cuda:
+    if not on_gpu(indices):
         _check_values(indices, cu_seqlens, num_memories)
     return launch.dispatch(
         indices.long().contiguous(), cu_seqlens.long().contiguous(), valid, num_memories, shared, chunk_size

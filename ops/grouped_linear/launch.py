@@ -9,8 +9,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._launch import (
+    KERNEL_DTYPES,
+    Config,
+    aligned,
+    capability,
+    cdiv,
+    launch,
+    next_power_of_2,
+    pointer,
+    variant,
+)
 from .._layout import CHUNK
+from .._triton import on_gpu
 from .kernels import ends_kernel, grouped_linear_dweight_kernel, grouped_linear_fwd_kernel, zero_tail_kernel
 
 # Both operands of the products are plain loads: Triton 3.6 puts no proxy fence before such a product in a pipelined
@@ -63,13 +74,13 @@ def _ends_config(groups: int) -> Config:
 def _use_library(x: Tensor, *others: Tensor) -> bool:
     """Whether torch's grouped_mm serves: it keeps the offsets on the device on sm_90 alone, in bfloat16, with rows of
     whole 16-byte units; elsewhere it copies them to the host."""
-    if not x.is_cuda or x.dtype != torch.bfloat16 or 0 in x.shape or not hasattr(functional, "grouped_mm"):
+    if not on_gpu(x) or x.dtype != torch.bfloat16 or 0 in x.shape or not hasattr(functional, "grouped_mm"):
         return False
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
+    if capability(x.device) != (9, 0):
         return False
     for tensor in (x, *others):
         rest = [stride for stride in tensor.stride() if stride != 1]
-        if tensor.data_ptr() % 16 or any(stride * tensor.element_size() % 16 for stride in rest) or 0 in tensor.shape:
+        if not aligned(tensor) or any(stride * tensor.element_size() % 16 for stride in rest) or 0 in tensor.shape:
             return False
     return True
 

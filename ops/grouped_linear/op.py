@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import FLOATS, check_dtype, check_rank, check_same_device, check_shape
 from .._library import register_op
-from .._triton import LazyLaunch
+from .._triton import LazyLaunch, on_gpu
 from . import cpu
 
 launch = LazyLaunch(__package__ or "")
@@ -47,7 +47,7 @@ def _cpu(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
 
 def _triton(x: Tensor, weight: Tensor, group_offset: Tensor) -> Tensor:
     _check(x, weight, group_offset)
-    if not x.is_cuda:
+    if not on_gpu(x):
         _check_offsets(x.shape[0], group_offset)
     return launch.grouped_linear_fwd(x, weight, group_offset.contiguous())
 
@@ -71,7 +71,7 @@ def _dweight_cpu(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tensor:
 
 def _dweight_triton(dy: Tensor, x: Tensor, group_offset: Tensor) -> Tensor:
     _dweight_check(dy, x, group_offset)
-    if not x.is_cuda:
+    if not on_gpu(x):
         _check_offsets(x.shape[0], group_offset)
     return launch.grouped_linear_dweight(dy, x, group_offset.contiguous())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import FLOATS, check_dtype, check_rank, check_same_device, check_shape
 from .._library import register_op
 from .._tensors import wide
-from .._triton import LazyLaunch
+from .._triton import LazyLaunch, on_gpu
 from . import cpu
 
 launch = LazyLaunch(__package__ or "")
@@ -54,7 +54,7 @@ def _cpu(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, grads: bo
 
 def _triton(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, grads: bool) -> Three:
     _check(x, weight, target)
-    if not x.is_cuda:
+    if not on_gpu(x):
         _check_values(target, weight.shape[0], ignore_index)
     return launch.linear_cross_entropy_fwd(
         x.contiguous(), weight.contiguous(), target.contiguous(), ignore_index, grads

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._checks import check_rank
 from .._layout import CHUNK
+from .._triton import on_gpu
 from ..combine import gather_tokens
 from ..dispatch import DispatchPlan, sequence_plan
 from ..permute import permute
@@ -61,7 +62,7 @@ def _save(*tensors: Tensor | None) -> int:
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
         return 0
     q = tensors[0]
-    return SAVE_V_NEW | SAVE_INVERSE | SAVE_SCORES if q is not None and q.is_cuda else SAVE_V_NEW
+    return SAVE_V_NEW | SAVE_INVERSE | SAVE_SCORES if q is not None and on_gpu(q) else SAVE_V_NEW
 
 
 def chunk_rows(

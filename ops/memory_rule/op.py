@@ -11,7 +11,7 @@ from .._checks import FLOATS, check_dtype, check_rank, check_same_device, check_
 from .._layout import CHUNK, check_segments, row_mask
 from .._library import register_op
 from .._tensors import contiguous, wide
-from .._triton import LazyLaunch
+from .._triton import LazyLaunch, on_gpu
 from ..dispatch import sequence_plan
 from ..permute.op import permute, permute_bwd
 from . import cpu
@@ -286,7 +286,7 @@ def _check_recurrent_values(state: Tensor, state_indices: Tensor | None) -> None
 
 def _run_recurrent(triton: bool, args: tuple[Any, ...], state: Tensor) -> Tensor:
     q, k, v, g, beta, _, state_indices, cu_seqlens, scale = args
-    if not state.is_cuda:
+    if not on_gpu(state):
         _check_recurrent_values(state, state_indices)
     if triton:
         args = contiguous(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)

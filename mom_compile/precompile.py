@@ -1,0 +1,157 @@
+"""Compilation of the Triton kernels of a training step before it, on all cores: a step compiles them one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .config import MoMConfig
+from .model import MoMForCausalLM
+from .ops._launch import Launch, aligned, instead_of_launches
+from .ops._library import TRITON_IMPLEMENTATIONS
+from .ops._triton import INTERPRET, standing_for_gpu
+
+
+def precompile_training(model: MoMForCausalLM, batch: int, length: int, threads: int | None = None) -> int:
+    """Compile the Triton kernels of a training step in parallel; on a CPU or interpreted nothing.
+
+    Neither the GPU nor the model is touched. Call it under the autocast of the step. It never raises for a kernel or a
+    recording that fails, which the step then compiles, or reports, itself.
+
+    Args:
+        model: on the device, and of the dtype, that it trains in.
+        batch: B, sequences of one forward.
+        length: T, their tokens.
+        threads: that compile; None: one per core.
+
+    Returns:
+        The number of kernels that the step finds compiled.
+    """
+    weight = model.lm_head.weight
+    device = weight.device
+    if device.type != "cuda" or INTERPRET:
+        return 0
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    compiled_blocks = any(block._compiled_call_impl is not None for block in model.model.layers)
+    try:
+        launches = training_launches(model.config, weight.dtype, batch, length, device, autocast, compiled_blocks)
+        # Triton compiles for the current device. Its own mode for threads is set in a copy of this context, so that it
+        # ends with it even where this is interrupted.
+        with torch.cuda.device(device):
+            return contextvars.copy_context().run(compile_launches, launches, device, threads)
+    except Exception as error:
+        warnings.warn(f"kernels are compiled one by one in the first step: {error!r}", stacklevel=2)
+        return 0
+
+
+def training_launches(
+    config: MoMConfig,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    architecture: int | torch.device,
+    autocast: torch.dtype | None = None,
+    compiled_blocks: bool = False,
+) -> list[Launch]:
+    """One launch for each kernel that a training step compiles, on tensors of the meta device; runs nothing on a GPU.
+
+    A model of one block for each update rule goes forward and backward on tensors without memory. The memory policies
+    launch the same kernels: what they compute again is what the forward computed.
+
+    Args:
+        config: of the model.
+        dtype: of its parameters.
+        batch: B, sequences of one forward.
+        length: T, their tokens.
+        architecture: compute capability times ten of a GPU, or a CUDA device.
+        autocast: dtype of the autocast around the forward, None for none.
+        compiled_blocks: whether each block is compiled by torch.compile: its backward is then given zeros as the
+            gradient of the state that it returns, where an eager one is given none, which is another kernel.
+    """
+    rules = list(dict.fromkeys(config.rule(layer) for layer in range(config.num_hidden_layers)))
+    config = dataclasses.replace(config, num_hidden_layers=len(rules), update_rule=rules)
+    with torch.device("meta"):
+        model = MoMForCausalLM(config).to(dtype).train()
+    model.set_memory_policy("save")
+    launches: list[Launch] = []
+    # Tensors that say they are a CPU's: autograd knows no CUDA device where there is none, autocast no meta device.
+    with _without_memory(launches, architecture), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        model = model.to_empty(device="cpu")
+        tokens = torch.empty(batch, length, dtype=torch.int64)
+        out = model(tokens, labels=tokens)
+        assert out.loss is not None
+        states = [x for state in out.state for x in state.values() if x.requires_grad] if compiled_blocks else []
+        torch.autograd.backward([out.loss, *states], [None, *map(torch.zeros_like, states)])
+    return _distinct(launches)
+
+
+def compile_launches(launches: Sequence[Launch], device: torch.device, threads: int | None = None) -> int:
+    """Compile in threads what ``launches`` run on ``device``, the current one; the number that succeeded.
+
+    Triton and LLVM's passes release the interpreter's lock and ptxas is a process, so that threads do run in parallel.
+    """
+    from triton import AsyncCompileMode
+
+    # Two threads must not enter one JITFunction: it fills its tables of binders and kernels without a lock. Under this
+    # mode of Triton's all of that stays on this thread, and the threads do what is behind it, from the syntax tree on.
+    compiled: list[Any] = []
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        # The long ones first: what starts last is waited for.
+        for launch in sorted(launches, key=lambda launch: -len(launch.kernel.src)):
+            with contextlib.suppress(Exception):  # the launch in the step raises it
+                compiled.append(launch.compile(device))
+    return sum(each.kernel is not None for each in compiled)  # None in a future that failed
+
+
+class _TritonImplementations(TorchDispatchMode):
+    """Below autograd, run an operator's Triton implementation rather than its fake."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return TRITON_IMPLEMENTATIONS.get(function, function)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _without_memory(launches: list[Launch], architecture: int | torch.device) -> Iterator[None]:
+    """Inside, new tensors have no memory and launches are only recorded."""
+
+    def record(launch: Launch) -> None:
+        if 0 not in launch.grid:
+            launches.append(launch)
+
+    with (
+        torch.enable_grad(),
+        torch.device("cpu"),
+        FakeTensorMode(allow_non_fake_inputs=True),  # the model is one
+        _TritonImplementations(),
+        standing_for_gpu(),
+        instead_of_launches(record, architecture),
+    ):
+        yield
+
+
+def _distinct(launches: Sequence[Launch]) -> list[Launch]:
+    found: dict[Any, Launch] = {}
+    for launch in launches:
+        args = tuple(_on_meta(x) if isinstance(x, Tensor) else x for x in launch.args)
+        launch = dataclasses.replace(launch, args=args)
+        found.setdefault(launch.specialization, launch)
+    return list(found.values())
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    """A tensor of which Triton sees the same: its dtype and where it begins."""
+    start = 0 if aligned(x) else 1
+    return torch.empty(start + 1, dtype=x.dtype, device="meta")[start:]
