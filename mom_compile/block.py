@@ -52,12 +52,15 @@ class MoMBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         router_indices: Tensor | None = None,
         form: Form | None = None,
+        detach_state: bool = False,
     ) -> tuple[Tensor, LayerState, Tensor | None]:
-        """As :meth:`MoMAttention.forward`."""
+        """As :meth:`MoMAttention.forward`; with ``detach_state`` the returned state carries no gradient."""
         names = tuple(layer_shapes(self.attn.config, 1))
 
         def plain(x: Tensor) -> tuple[Tensor, LayerState, Tensor | None]:
             y, new_state, logits = self.attn(self.attn_norm(x), state, attention_mask, cu_seqlens, router_indices, form)
+            if detach_state:
+                new_state = {name: value.detach() for name, value in new_state.items()}
             x = x + y
             return x + self.mlp(self.mlp_norm(x)), new_state, logits
 

@@ -2,8 +2,8 @@
 
 - ``save``: whatever its operators ask for. Nothing is computed again.
 - ``selective``: its input, its routing, and the results of matrix products, of the memory rule and of the norm behind
-  it. What else takes one pass over memory is computed again in the backward: norms, row copies, convolution,
-  activations, gates.
+  it, and the gates of the rows. What else takes one pass over memory is computed again in the backward: norms, row
+  copies, convolution, activations.
 - ``block``: its input. The whole block is computed again.
 - ``auto`` (default): ``selective`` in a compiled block, ``save`` in an eager one, where each operator would pass
   through Python twice more and wait for it.
@@ -35,6 +35,7 @@ _KEPT = {
     torch.ops.mom.small_linear.default,
     torch.ops.mom.route.default,
     torch.ops.mom.dispatch.default,
+    torch.ops.mom.gate_rows.default,  # small
     torch.ops.mom.combine_norm.default,  # the output projection's input: four passes over the rows for one kept
     *(getattr(torch.ops.mom, f"chunk_{rule.op}").default for rule in RULES.values()),
 }

@@ -23,7 +23,7 @@ class MoMOutput(NamedTuple):
 
     Attributes:
         logits: ``[B, T, vocab_size]``, or None with labels.
-        state: the state after the tokens.
+        state: the state after the tokens; with labels it carries no gradient.
         loss: scalar, cross entropy + aux_loss_scale * aux_loss; None without labels.
         aux_loss: scalar, the balance loss; None without labels.
         router_logits: per layer ``[B, T, M]`` float32.
@@ -126,7 +126,7 @@ class MoMForCausalLM(nn.Module):
         """
         self._check(input_ids, state, cu_seqlens, labels, router_indices)
         x, states, router_logits = self.hidden_states(
-            input_ids, state, attention_mask, cu_seqlens, router_indices, form
+            input_ids, state, attention_mask, cu_seqlens, router_indices, form, detach_state=labels is not None
         )
         logits = loss = aux_loss = None
         if labels is None or return_logits:
@@ -149,8 +149,12 @@ class MoMForCausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         router_indices: Sequence[Tensor] | None = None,
         form: Form | None = None,
+        detach_state: bool = False,
     ) -> tuple[Tensor, State, tuple[Tensor, ...]]:
         """:meth:`forward` up to the output projection.
+
+        ``detach_state``: the returned state carries no gradient. A compiled block's backward would otherwise read zeros
+        of its size as the gradient of a state that nobody uses.
 
         Returns:
             What ``lm_head`` takes ``[B, T, D]``, the state after the tokens, per layer the router's logits.
@@ -166,6 +170,7 @@ class MoMForCausalLM(nn.Module):
                 cu_seqlens,
                 None if router_indices is None else router_indices[index],
                 form,
+                detach_state,
             )
             states.append(layer_state)
             if logits is not None:

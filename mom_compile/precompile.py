@@ -43,9 +43,8 @@ def precompile_training(model: MoMForCausalLM, batch: int, length: int, threads:
     if device.type != "cuda" or INTERPRET:
         return 0
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    compiled_blocks = any(block._compiled_call_impl is not None for block in model.model.layers)
     try:
-        launches = training_launches(model.config, weight.dtype, batch, length, device, autocast, compiled_blocks)
+        launches = training_launches(model.config, weight.dtype, batch, length, device, autocast)
         # Triton compiles for the current device. Its own mode for threads is set in a copy of this context, so that it
         # ends with it even where this is interrupted.
         with torch.cuda.device(device):
@@ -62,7 +61,6 @@ def training_launches(
     length: int,
     architecture: int | torch.device,
     autocast: torch.dtype | None = None,
-    compiled_blocks: bool = False,
 ) -> list[Launch]:
     """One launch for each kernel that a training step compiles, on tensors of the meta device; runs nothing on a GPU.
 
@@ -76,8 +74,6 @@ def training_launches(
         length: T, their tokens.
         architecture: compute capability times ten of a GPU, or a CUDA device.
         autocast: dtype of the autocast around the forward, None for none.
-        compiled_blocks: whether each block is compiled by torch.compile: its backward is then given zeros as the
-            gradient of the state that it returns, where an eager one is given none, which is another kernel.
     """
     rules = list(dict.fromkeys(config.rule(layer) for layer in range(config.num_hidden_layers)))
     config = dataclasses.replace(config, num_hidden_layers=len(rules), update_rule=rules)
@@ -91,8 +87,7 @@ def training_launches(
         tokens = torch.empty(batch, length, dtype=torch.int64)
         out = model(tokens, labels=tokens)
         assert out.loss is not None
-        states = [x for state in out.state for x in state.values() if x.requires_grad] if compiled_blocks else []
-        torch.autograd.backward([out.loss, *states], [None, *map(torch.zeros_like, states)])
+        out.loss.backward()
     return _distinct(launches)
 
 

@@ -206,7 +206,7 @@ class StepResult:
 
 def window_loss(model: MoMForCausalLM, windows: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Mean cross entropy of windows ``[B, L+1]`` int64, balance loss (both float32 scalars), router logits by layer."""
-    x, _, router_logits = model.hidden_states(windows[:, :-1])
+    x, _, router_logits = model.hidden_states(windows[:, :-1], detach_state=True)
     cross_entropy = linear_cross_entropy(x, model.lm_head.weight, windows[:, 1:])
     return cross_entropy, balance_loss(router_logits, model.config.topk), router_logits
 

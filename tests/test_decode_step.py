@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -139,16 +138,6 @@ def test_bfloat16_state(rule: str) -> None:
 @pytest.mark.parametrize("gate", [False, True])
 def test_norm_and_gate(gate: bool, shape: str) -> None:
     check(make(norm=True, gate=gate, **SHAPES[shape]))
-
-
-@pytest.mark.skipif(not (INTERPRET or ON_GPU), reason="a property of the kernels")
-@pytest.mark.parametrize("values", [40, 136])  # two tiles of a program, and four, the last ones partly or wholly unused
-def test_several_tiles_of_a_program(monkeypatch: pytest.MonkeyPatch, values: int) -> None:
-    launch = importlib.import_module("mom_compile.ops.decode_step.launch")
-    monkeypatch.setattr(launch, "FEW_STATES", 0)
-    monkeypatch.setattr(launch, "RESIDENT", 5)
-    for rule in ("gated_delta", "mamba2"):
-        check(make(rule, batch=1, tokens=1, M=1, topk=1, K=16, V=values, H=1, HV=1, valid=True))
 
 
 def test_ties_take_the_lowest_index() -> None:

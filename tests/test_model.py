@@ -310,3 +310,10 @@ def test_config_refuses_unknown_keys() -> None:
         MoMConfig.from_dict({"hidden_sise": 3})
     config = tiny_config()
     assert MoMConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_state_of_a_loss_carries_no_gradient() -> None:
+    model, ids = tiny_model(num_hidden_layers=1).train(), torch.randint(0, 50, (1, 9))
+    for labels in (None, ids):
+        state = model(ids, labels=labels).state
+        assert any(x.requires_grad for layer in state for x in layer.values()) == (labels is None)

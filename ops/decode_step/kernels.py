@@ -74,13 +74,6 @@ def _activated(x, conv_state, conv_weight, source, channel, mask, WIDTH: tl.cons
     return value * tl.sigmoid(value)
 
 
-@helper
-def _state_tile(entry, key, value, present, K: tl.constexpr, V: tl.constexpr, EVICT: tl.constexpr):
-    """A tile ``[BK, BV]`` of a ``[K, V]`` state; zeros, and nothing read, where it is not ``present``."""
-    mask = (key < K)[:, None] & (value < V)[None, :] & present
-    return tl.load(entry + key[:, None] * V + value[None, :], mask=mask, other=0.0, eviction_policy=EVICT)
-
-
 @triton.jit(
     do_not_specialize=[
         "t", "tokens", "q_stride", "kv_stride", "logits_stride", "a_stride", "b_stride", "scale",
@@ -91,15 +84,15 @@ def decode_state_kernel(
     t, tokens, q_stride, kv_stride, logits_stride, a_stride, b_stride, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr,
     SHARED: tl.constexpr, SINGLE: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
-    TIMES_DT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVICT: tl.constexpr, PDL: tl.constexpr,
+    TIMES_DT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, choice, value head and TILES blocks of V: the state is read once and written once.
+    """One sequence, choice, value head and block of V: the state is read once and written once.
 
     GATE: 0 none, 1 constant per head, 2 from ``a``. ``y`` ``[B, k', HV, V]`` takes the weighted read.
     """
     CHOICES: tl.constexpr = TOPK + SHARED
-    BLOCKS: tl.constexpr = (V + BV * TILES - 1) // (BV * TILES)
+    BLOCKS: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     block, pid = pid % BLOCKS, pid // BLOCKS
     head, pid = pid % HV, pid // HV
@@ -111,17 +104,15 @@ def decode_state_kernel(
     memory, weight, use = _selection(
         logits, indices, weights, valid, token, logits_stride, rank, M, TOPK, BLOCK_M, BLOCK_K
     )
-    key, column = tl.arange(0, BK), tl.arange(0, BV)
-    first = block * TILES * BV
-    result = y + ((sequence * CHOICES + rank) * HV + head) * V
+    key, value = tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    result = y + ((sequence * CHOICES + rank) * HV + head) * V + value
     if use == 0:
-        for number in range(TILES):
-            value = first + number * BV + column
-            tl.store(result + value, tl.full([BV], 0.0, tl.float32), mask=value < V)
+        tl.store(result, tl.full([BV], 0.0, tl.float32), mask=value < V)
         return
     entry = sequence * (M + SHARED) + memory
-    own = state + (entry * HV + head) * (K * V)
-    tile = _state_tile(own, key, first + column, True, K, V, EVICT)
+    pointers = state + (entry * HV + head) * (K * V) + key[:, None] * V + value[None, :]
+    mask = (key < K)[:, None] & (value < V)[None, :]
+    s = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
 
     CHANNELS: tl.constexpr = 2 * H * K + HV * V
     group = memory * (1 - SINGLE)
@@ -130,15 +121,14 @@ def decode_state_kernel(
     if WIDTH > 0:
         window = conv_state + entry * (CHANNELS * (WIDTH - 1))
     q_channel = head // (HV // H) * K + key
+    v_channel = head * V + value
     q_row = _activated(q + token * q_stride, window, conv_weight, q_channel, q_channel, key < K, WIDTH)
     k_row = _activated(kv_row, window, conv_weight, q_channel, H * K + q_channel, key < K, WIDTH)
+    update = _activated(kv_row, window, conv_weight, H * K + v_channel, 2 * H * K + v_channel, value < V, WIDTH)
     q_row *= scale / tl.sqrt(tl.sum(q_row * q_row, 0) + 1e-6)
     k_row *= 1.0 / tl.sqrt(tl.sum(k_row * k_row, 0) + 1e-6)
-    both = tl.sum(k_row * q_row, 0)
 
     decay = tl.full([], 1.0, tl.float32)
-    factor = tl.full([], 1.0, tl.float32)
-    rate = tl.full([], 1.0, tl.float32)
     if GATE == 1:
         decay = 1.0 - tl.exp2(-5.0 - head)
     if GATE == 2:
@@ -146,30 +136,17 @@ def decode_state_kernel(
         dt = softplus(dt + tl.load(dt_bias + head).to(tl.float32))
         decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
         if TIMES_DT:
-            factor = dt
+            update *= dt
+    if GATE > 0:
+        s *= decay
+    out = tl.sum(s * q_row[:, None], 0)
     if DELTA:
         rate = tl.sigmoid(tl.load(b + token * b_stride + group * HV + head).to(tl.float32))
-    for number in range(TILES):
-        s = tile.to(tl.float32)
-        value = first + number * BV + column
-        if TILES > 1:
-            # On its way while this one is worked on; none behind the last.
-            tile = _state_tile(own, key, value + BV, number + 1 < TILES, K, V, EVICT)
-        v_channel = head * V + value
-        update = _activated(kv_row, window, conv_weight, H * K + v_channel, 2 * H * K + v_channel, value < V, WIDTH)
-        if TIMES_DT:
-            update *= factor
-        if GATE > 0:
-            s *= decay
-        out = tl.sum(s * q_row[:, None], 0)
-        if DELTA:
-            update = rate * (update - tl.sum(s * k_row[:, None], 0))
-        out += update * both
-        s += k_row[:, None] * update[None, :]
-        mask = (key < K)[:, None] & (value < V)[None, :]
-        pointers = own + key[:, None] * V + value[None, :]
-        tl.store(pointers, s.to(state.dtype.element_ty), mask=mask, eviction_policy=EVICT)
-        tl.store(result + value, weight * out, mask=value < V)
+        update = rate * (update - tl.sum(s * k_row[:, None], 0))
+    out += update * tl.sum(k_row * q_row, 0)
+    s += k_row[:, None] * update[None, :]
+    tl.store(pointers, s.to(state.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+    tl.store(result, weight * out, mask=value < V)
 
 
 @triton.jit(do_not_specialize=["t", "tokens", "q_stride", "kv_stride", "logits_stride", "gate_stride", "eps"])

@@ -13,12 +13,9 @@ from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, poin
 from ..memory_rule.rules import RULES
 from .kernels import decode_combine_kernel, decode_state_kernel
 
-FEW_STATES, MANY_STATES = 64, 768
-"""Up to FEW_STATES states of one head, narrow tiles keep every multiprocessor busy, and kernels overlap. From
-MANY_STATES on, thread blocks take turns, each with one wide tile. Between the two all run at once, so each loads the
-next of its tiles while it works on one."""
-RESIDENT = 3 * 132
-"""Thread blocks of narrow tiles that a large GPU runs at once: three on each multiprocessor, by their registers."""
+FEW_STATES, NARROW_BLOCK, WIDE_BLOCK = 64, 16, 64
+"""Up to so many states of one head take narrow tiles, to keep every multiprocessor busy, and kernels that overlap;
+more take wide ones and kernels one after the other, which was measured to be as fast."""
 COMBINED = 512
 """Values that one program of the second kernel sums, where a head is not larger."""
 
@@ -56,12 +53,8 @@ def _routing_constants(sizes: _Sizes) -> dict[str, Any]:
 
 def _state_config(sizes: _Sizes, states: int) -> Config:
     rule = RULES[sizes.rule]
-    many = not isinstance(states, int) or states >= MANY_STATES  # a symbol may be large
-    block = min(next_power_of_2(max(sizes.V, 16)), 64 if many else 16)
-    tiles = 1
-    if not many and states > FEW_STATES:
-        blocks = cdiv(sizes.V, block)
-        tiles = min(next_power_of_2(cdiv(states * blocks, RESIDENT)), next_power_of_2(blocks))
+    few = isinstance(states, int) and states <= FEW_STATES  # a symbol may be large
+    block = NARROW_BLOCK if few else WIDE_BLOCK
     constants: dict[str, Any] = {"H": sizes.H, "HV": sizes.HV, "K": sizes.K, "V": sizes.V}
     constants |= _routing_constants(sizes)
     constants |= {
@@ -69,8 +62,7 @@ def _state_config(sizes: _Sizes, states: int) -> Config:
         "DELTA": rule.delta,
         "TIMES_DT": sizes.rule == "mamba2",
         "BK": next_power_of_2(max(sizes.K, 16)),
-        "BV": block,
-        "TILES": tiles,
+        "BV": min(next_power_of_2(max(sizes.V, 16)), block),
         "EVICT": "evict_first",  # a state is not read again before the next token
     }
     return Config(constants, num_warps=4, overlap=states <= FEW_STATES)
@@ -129,8 +121,7 @@ def decode_step(
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
     state_config, combine_config = _state_config(sizes, states), _combine_config(sizes, states)
-    width_of_program = state_config.constants["BV"] * state_config.constants["TILES"]
-    state_grid = (states * cdiv(value_dim, width_of_program),)
+    state_grid = (states * cdiv(value_dim, state_config.constants["BV"]),)
     programs = cdiv(value_heads, combine_config.constants["BH"])
     if width:
         programs += sizes.choices * cdiv(2 * key_size + value_heads * value_dim, combine_config.constants["MOVED"])
@@ -199,7 +190,7 @@ def variants() -> Iterator[KernelVariant]:
     for dtype in KERNEL_DTYPES:
         for key, value in shapes:
             for rule in RULES:
-                for states in (1, 128, 1024):
+                for states in (1, 1024):
                     sizes = _Sizes(2, 4, key, value, 4, 2, True, False, 4, rule)
                     quick = rule == "gated_delta" and key == 64
                     yield _state_variant(sizes, dtype, torch.float32, "own", states, quick)
@@ -220,8 +211,7 @@ def _state_variant(
     sizes: _Sizes, dtype: torch.dtype, state: torch.dtype, routing: str, states: int, quick: bool
 ) -> KernelVariant:
     config = _state_config(sizes, states)
-    tiles = f"BV={config.constants['BV']} TILES={config.constants['TILES']}"
-    label = f"K={sizes.K} V={sizes.V} {tiles} {dtype} state {state} {sizes.rule} {routing}"
+    label = f"K={sizes.K} V={sizes.V} BV={config.constants['BV']} {dtype} state {state} {sizes.rule} {routing}"
     arguments = _named(decode_state_kernel, _arguments(sizes, dtype, state, routing))
     return variant(label, decode_state_kernel, arguments, config, quick)
 

@@ -131,8 +131,8 @@ def finished(acc):
     """``acc``, once its product is done; in a loop behind a product of pipelined loads that are used besides.
 
     Triton keeps one buffer more for a load that asynchronous products read, since the products are still under way when
-    the next copy starts; but not for a load that is read into registers as well (seen from 3.6.0 to 3.9.0): there the copy would
-    overwrite what the product reads.
+    the next copy starts; but not for a load that is read into registers as well (from 3.6.0 to 3.9.0). There the copy
+    would overwrite what the product reads.
     """
     if INTERPRETED:
         return acc
