@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from mom_compile.bench.measure import median_ms, peak_flops, seconds_since_start
 from mom_compile.bench.peers import load_peers, peers_folder, recorded
 from mom_compile.bench.report import Table, plot_lines, read_rows, rounded
 from mom_compile.bench.sizes import SIZES
+from mom_compile.bench.train import Options, bench_train
 from mom_compile.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +58,25 @@ def test_train_times_model_layer_and_operator(tmp_path: Path) -> None:
         assert float(row["tokens_per_s"]) == pytest.approx(1e6 / float(row["us_per_token"]), rel=2e-3)
     assert (tmp_path / "train.png").stat().st_size > 0
     assert len(read_rows(tmp_path / "train-operators.csv")) == 2
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_train_goes_on_where_memory_is_short(enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that does not fit is tried with the smallest memory policy."""
+
+    def first(step: Callable[[], object], device: torch.device, policies: list[str] = []) -> tuple[float, None]:  # noqa: B006
+        policies.append("next")
+        if len(policies) < (2 if enough else 3):
+            raise torch.OutOfMemoryError
+        step()
+        return 0.0, None
+
+    monkeypatch.setattr("mom_compile.bench.train._first", first)
+    shapes = [(1, 16)] if enough else [(1, 16), (1, 8)]
+    options = Options("tiny", shapes, compile=False, memory="save", repeats=1, operators=False)
+    rows = [row for row in bench_train(options, torch.device("cpu")).rows if row["level"] == "model"]
+    assert rows[0]["note"] == ("eager, memory block" if enough else "out of memory")
+    assert enough or rows[1]["note"] == "eager, memory save"
 
 
 def test_decode_on_a_cpu_stands_beside_the_limit(tmp_path: Path) -> None:

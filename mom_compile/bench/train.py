@@ -48,7 +48,7 @@ class Options(NamedTuple):
         size: name of a model in ``SIZES``.
         shapes: (batch, length) of the steps; the first one's first call is the warm-up that is reported.
         compile: run every block through ``torch.compile`` (regional compilation).
-        memory: memory policy, see :mod:`mom_compile.memory_policy`.
+        memory: memory policy, see :mod:`mom_compile.memory_policy`; a step that does not fit is tried with ``block``.
         graph: on a GPU, replay our steps as one CUDA graph each, as ``train`` does.
         repeats: measurements a median is over; a third of it from ``LONG`` tokens up.
         peers: folder of adapters or None.
@@ -138,20 +138,26 @@ def _model(
             precompile_training(model, batch, length)
             step()
 
-        free(device)  # what a step that did not fit had allocated is held until its error is gone
-        try:
-            warm_up, since_start = _first(first_step, device)
-            if ceilings is None:
-                ceilings = Ceilings(matmul_ceiling(device, dtype), peak_flops(device))
-                print(f"matrix product {ceilings.matmul / 1e12:.3g} TFLOP/s", flush=True)
-            else:
-                since_start = None
-            repeats = options.repeats if batch * length < LONG else max(options.repeats // 3, 2)
-            ms, peak = _measure(step, leaves, device, repeats, graph)
-        except torch.OutOfMemoryError:
-            model.zero_grad()
+        measured = None
+        for policy in dict.fromkeys((options.memory, "block")):
+            model.set_memory_policy(policy)
+            free(device)  # what a step that did not fit had allocated is held until its error is gone
+            try:
+                warm_up, since_start = _first(first_step, device)
+                if ceilings is None:
+                    ceilings = Ceilings(matmul_ceiling(device, dtype), peak_flops(device))
+                    print(f"matrix product {ceilings.matmul / 1e12:.3g} TFLOP/s", flush=True)
+                else:
+                    since_start = None
+                repeats = options.repeats if batch * length < LONG else max(options.repeats // 3, 2)
+                measured = _measure(step, leaves, device, repeats, graph)
+                break
+            except torch.OutOfMemoryError:
+                model.zero_grad()
+        if measured is None or ceilings is None:
             table.add(**row, note="out of memory")
             continue
+        ms, peak = measured
         tokens = batch * length
         times[batch, length] = ms
         flops = 3 * forward_flops(config, tokens) / ms * 1e3
@@ -160,7 +166,7 @@ def _model(
             tflop_s=flops / 1e12, of_matmul=flops / ceilings.matmul,
             mfu=flops / ceilings.peak if ceilings.peak else None, peak_gib=peak, first_step_s=warm_up,
             since_start_s=since_start,
-            note=f"{_how('blocks compiled', options, graph)}, memory {options.memory}",
+            note=f"{_how('blocks compiled', options, graph)}, memory {policy}",
         )  # fmt: skip
     return times
 

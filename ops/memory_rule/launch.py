@@ -67,9 +67,11 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     if kernel is chunk_scan_kernel and not heads.delta and not wide:
         bk, bv, stages = _plain_scan_blocks(heads, large, chains)
     elif kernel is chunk_scan_kernel and not wide:
-        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 3), (128, 2))
+        # 160 blocks of 32 columns are faster than 80 of 64 (0.76 for 0.87 ms), in the backward they are not.
+        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 3), (128, 2), PROCESSORS * 5 // 4)
     elif kernel is chunk_scan_bwd_kernel and not wide:
-        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 2 if heads.K > 128 else 3), (64, 2))
+        narrow = (128, 2 if heads.K > 128 else 3)
+        bk, bv, stages = _scan_blocks(heads, large, chains, narrow, (64, 2), PROCESSORS)
     elif kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
         bv = min(value, 16)
     elif kernel is chunk_out_kernel and not wide and large:
@@ -102,16 +104,17 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
 
 
 def _scan_blocks(
-    heads: _Heads, large: bool, chains: int, narrow: tuple[int, int], broad: tuple[int, int]
+    heads: _Heads, large: bool, chains: int, narrow: tuple[int, int], broad: tuple[int, int], most: int
 ) -> tuple[int, int, int]:
-    """BK, BV and stages of a scan; ``narrow`` and ``broad``: BK and stages of the narrowest and of wider blocks."""
+    """BK, BV and stages of a scan; ``narrow`` and ``broad``: BK and stages of the narrowest and of wider blocks;
+    ``most``: blocks of 32 columns."""
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     if not large:
         return min(key, 64), min(value, 32), 1
     bv, (bk, stages) = min(value, 64), broad
     if chains * cdiv(heads.V, 16) <= PROCESSORS:
         bv, (bk, stages) = 16, narrow
-    elif chains * cdiv(heads.V, 32) <= PROCESSORS:
+    elif chains * cdiv(heads.V, 32) <= most:
         bv = min(value, 32)
     return min(key, bk), bv, stages
 
@@ -122,7 +125,7 @@ def _plain_scan_blocks(heads: _Heads, large: bool, chains: int) -> tuple[int, in
     small = min(key, 64), min(value, 32)
     if not large:
         return *small, 1
-    if chains * cdiv(heads.K, small[0]) * cdiv(heads.V, small[1]) <= PROCESSORS:
+    if chains * cdiv(heads.K, small[0]) * cdiv(heads.V, small[1]) <= 8 * PROCESSORS:
         return *small, 3
     return min(key, 128), min(value, 64), 3
 
