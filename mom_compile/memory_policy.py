@@ -77,7 +77,7 @@ def run_with_policy(
     """
     if policy == "auto":
         policy = "selective" if torch.compiler.is_compiling() else "save"
-    # Dynamo of torch before 2.12 answers is_exporting with yes in every torch.compile.
+    # Dynamo of torch 2.11 answers is_exporting with yes in every torch.compile.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if policy == "save" or not torch.is_grad_enabled() or exporting:
         return function(*args)

@@ -130,6 +130,20 @@ def test_repeats_are_bit_equal(key: int, value: int, chains: str, rule: str) -> 
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
+@pytest.mark.parametrize("rule", ["gated_delta", "delta", "mamba2"])
+def test_repeats_are_bit_equal_on_a_full_gpu(rule: str) -> None:
+    """Several thread blocks on every multiprocessor, as in training: races show there first."""
+    bounds = torch.arange(9) * 2048
+    indices = torch.rand(8 * 2048, 4).argsort(1)[:, :2]
+    plan = ops.dispatch(indices, bounds, 4, None, True)
+    inputs = _inputs(rule, plan, 256, 256, "random")
+    grad = (torch.randn(plan.entry_of.shape[0], 2, 256) * (plan.entry_of >= 0).view(-1, 1, 1)).bfloat16()
+    first = _run(rule, inputs, 1 / 16, plan, grad)
+    for _ in range(20):
+        again = _run(rule, inputs, 1 / 16, plan, grad)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
 class _Guarded:
     """Allocations of the launches with NaN in front of them and behind them."""
 
