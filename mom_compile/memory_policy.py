@@ -8,6 +8,8 @@
 - ``auto`` (default): ``selective`` in a compiled block, ``save`` in an eager one, where each operator would pass
   through Python twice more and wait for it.
 
+``block:8`` gives the first 8 blocks that policy and ``auto`` to the others, for what ``auto`` alone does not quite fit.
+
 All give the same gradients, bit for bit where the operators repeat bit for bit, under torch.compile of the model or of
 single blocks as well as eagerly. They act in training alone: ``model.train()`` with grad mode enabled.
 """
@@ -41,17 +43,25 @@ _KEPT = {
 }
 
 
-def check_policy(policy: str) -> MemoryPolicy:
-    """``policy`` itself.
+def block_policies(text: str, blocks: int) -> list[MemoryPolicy]:
+    """The policy of each block.
+
+    Args:
+        text: one of :data:`MEMORY_POLICIES`, for all blocks, or with ``:N`` behind it for the first N; the others
+            follow ``auto``.
+        blocks: L of the model; N may be larger.
 
     Raises:
-        ValueError: a name that is none of :data:`MEMORY_POLICIES`.
+        ValueError: another name, or an N that is no whole number of at least 0.
     """
+    name, colon, digits = text.partition(":")
     for known in MEMORY_POLICIES:
-        if policy == known:
-            return known
+        if name == known and (not colon or digits.isdecimal()):
+            first = min(int(digits), blocks) if colon else blocks
+            return [known] * first + ["auto"] * (blocks - first)
     raise ValueError(
-        f"memory policy must be one of {', '.join(MEMORY_POLICIES)}, got {policy!r}; save is fastest, block smallest"
+        f"memory policy must be one of {', '.join(MEMORY_POLICIES)}, or one with :N for the first N blocks, "
+        f"got {text!r}; save is fastest, block smallest"
     )
 
 

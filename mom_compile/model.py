@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .block import MoMBlock
 from .config import MoMConfig
 from .losses import IGNORE, balance_loss, next_token_loss, next_token_targets
-from .memory_policy import check_policy
+from .memory_policy import block_policies
 from .mom_attention import Form
 from .ops import linear_cross_entropy
 from .state import LayerState, State, check_state
@@ -85,14 +85,15 @@ class MoMForCausalLM(nn.Module):
         Args:
             policy: ``save`` (everything: fastest), ``selective`` (what is dear: matrix products, the memory rule),
                 ``block`` (the blocks' inputs: smallest) or ``auto`` (the default: selective where compiled, else save);
-                see :mod:`mom_compile.memory_policy`.
+                with ``:N`` behind it for the first N blocks, the others then follow ``auto``: ``block:8``. See
+                :mod:`mom_compile.memory_policy`.
 
         Raises:
             ValueError: another name.
         """
-        checked = check_policy(policy)
-        for block in self.model.layers:
-            block.memory_policy = checked  # type: ignore[assignment]
+        layers = self.model.layers
+        for block, each in zip(layers, block_policies(policy, len(layers)), strict=True):
+            block.memory_policy = each  # type: ignore[assignment]
 
     def forward(
         self,

@@ -1,9 +1,8 @@
-"""Compilation of the Triton kernels of a training step before it, on all cores: a step compiles them one by one."""
+"""Compilation of the Triton kernels of a training step beside it, on all cores: a step compiles them one by one."""
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import os
 import warnings
@@ -23,35 +22,35 @@ from .ops._library import TRITON_IMPLEMENTATIONS
 from .ops._triton import INTERPRET, standing_for_gpu
 
 
-def precompile_training(model: MoMForCausalLM, batch: int, length: int, threads: int | None = None) -> int:
-    """Compile the Triton kernels of a training step in parallel; on a CPU or interpreted nothing.
+@contextlib.contextmanager
+def precompiling(
+    model: MoMForCausalLM, batch: int, length: int, autocast: torch.dtype | None = None, threads: int | None = None
+) -> Iterator[None]:
+    """Compile the Triton kernels of a training step in threads, while the body runs; on a CPU or interpreted nothing.
 
-    Neither the GPU nor the model is touched. Call it under the autocast of the step. It never raises for a kernel or a
-    recording that fails, which the step then compiles, or reports, itself.
+    The body is the first step: torch.compile traces it meanwhile, and a launch waits for its kernel. Neither the GPU nor
+    the model is touched here. A kernel or a recording that fails is compiled, or reported, by the step itself.
 
     Args:
         model: on the device, and of the dtype, that it trains in.
         batch: B, sequences of one forward.
         length: T, their tokens.
+        autocast: dtype of the autocast around the forward, None for none.
         threads: that compile; None: one per core.
-
-    Returns:
-        The number of kernels that the step finds compiled.
     """
     weight = model.lm_head.weight
     device = weight.device
-    if device.type != "cuda" or INTERPRET:
-        return 0
-    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    try:
-        launches = training_launches(model.config, weight.dtype, batch, length, device, autocast)
-        # Triton compiles for the current device. Its own mode for threads is set in a copy of this context, so that it
-        # ends with it even where this is interrupted.
-        with torch.cuda.device(device):
-            return contextvars.copy_context().run(compile_launches, launches, device, threads)
-    except Exception as error:
-        warnings.warn(f"kernels are compiled one by one in the first step: {error!r}", stacklevel=2)
-        return 0
+    launches: list[Launch] = []
+    if device.type == "cuda" and not INTERPRET:
+        try:
+            launches = training_launches(model.config, weight.dtype, batch, length, device, autocast)
+        except Exception as error:
+            warnings.warn(f"kernels are compiled one by one in the first step: {error!r}", stacklevel=3)
+    if not launches:
+        yield
+        return
+    with torch.cuda.device(device), compiling(launches, device, threads):  # Triton compiles for the current device
+        yield
 
 
 def training_launches(
@@ -91,22 +90,26 @@ def training_launches(
     return _distinct(launches)
 
 
-def compile_launches(launches: Sequence[Launch], device: torch.device, threads: int | None = None) -> int:
-    """Compile in threads what ``launches`` run on ``device``, the current one; the number that succeeded.
+@contextlib.contextmanager
+def compiling(launches: Sequence[Launch], device: torch.device, threads: int | None = None) -> Iterator[list[Any]]:
+    """Compile in threads what ``launches`` run on ``device``, the current one; what is not done when the body ends is waited for.
 
     Triton and LLVM's passes release the interpreter's lock and ptxas is a process, so that threads do run in parallel.
+
+    Yields:
+        One of Triton's futures for each launch that could be submitted; its ``kernel`` is None until it is compiled.
     """
     from triton import AsyncCompileMode
 
     # Two threads must not enter one JITFunction: it fills its tables of binders and kernels without a lock. Under this
     # mode of Triton's all of that stays on this thread, and the threads do what is behind it, from the syntax tree on.
-    compiled: list[Any] = []
+    submitted: list[Any] = []
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         # The long ones first: what starts last is waited for.
         for launch in sorted(launches, key=lambda launch: -len(launch.kernel.src)):
             with contextlib.suppress(Exception):  # the launch in the step raises it
-                compiled.append(launch.compile(device))
-    return sum(each.kernel is not None for each in compiled)  # None in a future that failed
+                submitted.append(launch.compile(device))
+        yield submitted
 
 
 class _TritonImplementations(TorchDispatchMode):

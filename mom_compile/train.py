@@ -37,12 +37,12 @@ from .config import MoMConfig
 from .data import TextData, WindowSampler, read_texts, tokenize
 from .evaluate import bits_per_byte, choice_counts, evaluate, shares
 from .losses import balance_loss
-from .memory_policy import check_policy
+from .memory_policy import block_policies
 from .model import MoMForCausalLM
 from .ops import linear_cross_entropy
 from .optim import clip_gradients, learning_rate_at, make_adamw
 from .plots import plot_run
-from .precompile import precompile_training
+from .precompile import precompiling
 from .pretrained import write_model
 from .run_folder import CHECKPOINT, MODEL
 from .tokenizer import Tokenizer, load_tokenizer
@@ -86,7 +86,7 @@ class TrainConfig:
             always does both).
         compile: torch.compile every ``block`` (one graph for them all: a short first step), the whole ``model``, or
             ``none``; runs eagerly, and says so, where there is no compiler.
-        memory: what is kept for the backward, see :mod:`mom_compile.memory_policy`.
+        memory: what is kept for the backward, as :meth:`MoMForCausalLM.set_memory_policy` takes it.
         cuda_graph: forward and backward as one CUDA graph from the second step on; no effect elsewhere.
         device: such as cpu or cuda; None: CUDA if there is one.
         bf16: bfloat16 autocast; None: on CUDA devices that have it. Weights and their updates stay float32.
@@ -139,7 +139,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}; leave it out for no limit")
         if self.compile not in COMPILE:
             raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {self.compile!r}; block starts fastest")
-        check_policy(self.memory)
+        block_policies(self.memory, 0)  # refuses what is no policy
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}; 2e-3 suits small models")
         if not 0 <= self.final_ratio <= 1:
@@ -379,15 +379,20 @@ class Trainer:
             choices.append(choice_counts(router_logits, self.model.config.topk))
         return torch.stack(losses).mean(), torch.stack(aux_losses).mean(), torch.stack(choices).sum(0)
 
-    def _precompile(self) -> None:
-        with self._autocast():
-            precompile_training(self.model, self.config.batch_size // self.config.accumulate, self.config.seq_len)
+    def _first_step(self) -> StepResult:
+        batch = self.config.batch_size // self.config.accumulate
+        with precompiling(self.model, batch, self.config.seq_len, self._autocast_dtype()):
+            return self.train_step()
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocast_dtype(self) -> torch.dtype | None:
         bf16 = self.config.bf16
         if bf16 is None:
             bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        return torch.bfloat16 if bf16 else None
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = self._autocast_dtype()
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def progress(self) -> float:
         """Share of the run that is done, by steps or by time, whichever is further."""
@@ -424,9 +429,7 @@ class Trainer:
             while self.progress() < 1 and not interrupt.raised:
                 begin = time.perf_counter()
                 rate = self.learning_rate()
-                if first:
-                    self._precompile()
-                result = self.last_step = self.train_step()
+                result = self.last_step = self._first_step() if first else self.train_step()
                 seconds = time.perf_counter() - begin
                 if first and self.compiled:
                     # Compilation is no training: neither the budget nor the speed counts it.

@@ -166,6 +166,20 @@ def test_each_policy_keeps_less_than_the_one_before() -> None:
     assert _kept_eagerly(model, ids) == kept["save"]
 
 
+def test_a_policy_of_the_first_blocks() -> None:
+    model = tiny_model(num_hidden_layers=3, head_dim=16, hidden_size=64).train()
+    ids, kept = tokens(2, 300), {}
+    model.set_memory_policy("auto")
+    expected = _gradients(model, model, input_ids=ids, labels=ids)
+    for policy in ("auto", "block:1", "block:2", "block", "block:9", "block:0"):
+        model.set_memory_policy(policy)
+        kept[policy] = _kept_eagerly(model, ids)
+        for actual, wanted in zip(_gradients(model, model, input_ids=ids, labels=ids), expected, strict=True):
+            assert torch.equal(actual, wanted)
+    assert kept["block"] < kept["block:2"] < kept["block:1"] < kept["auto"]
+    assert kept["block:9"] == kept["block"] and kept["block:0"] == kept["auto"]
+
+
 def test_compiled_blocks() -> None:
     """One graph without breaks; the partitioner keeps what the policy says; the eager gradients."""
     model = tiny_model(num_hidden_layers=2, head_dim=16, hidden_size=64).train()
@@ -219,5 +233,6 @@ def test_one_graph_serves_every_length() -> None:
 
 
 def test_messages() -> None:
-    with pytest.raises(ValueError, match="memory policy must be one of auto, save, selective, block, got 'all'; save"):
-        tiny_model().set_memory_policy("all")
+    for policy in ("all", "block:", "block:-1", "block:1.5", "all:3", ""):
+        with pytest.raises(ValueError, match=f"memory policy must be one of auto, .*, or .* got '{policy}'; save"):
+            tiny_model().set_memory_policy(policy)

@@ -220,10 +220,24 @@ def test_states_from_v_new_are_those_of_the_forward() -> None:
     )
     save = SAVE_STATES | SAVE_V_NEW
     *_, states, v_new = launch.chunk_fwd(q, k, v, g, beta, None, *tables, 32**-0.5, save)
-    gates = launch._gates(launch._heads(q, v, g, None), g, None, tables)
-    _, replayed, _ = launch._scan(launch._heads(q, v, g, None), k, v_new, gates, None, None, tables)
+    gates, order = launch._scan_tables(launch._heads(q, v, g, None), g, None, tables)
+    _, replayed, _ = launch._scan(launch._heads(q, v, g, None), k, v_new, gates, order, None, None, tables)
     # The sums of a GPU are split differently in the two kernels: a few of the stored states round to a neighbour.
     assert relative(replayed, states) <= (0 if INTERPRET else 2e-4)
+
+
+@pytest.mark.skipif(not INTERPRET and not ON_GPU, reason="of the kernels")
+@pytest.mark.parametrize("lengths", [[], [5], [64, 0, 300, 64, 1], torch.randint(0, 9, (200,)).tolist()])
+def test_scans_start_with_the_longest_segments(lengths: list[int]) -> None:
+    from mom_compile.ops.memory_rule import launch
+
+    length = torch.tensor(lengths, dtype=torch.int32)
+    chunks = -(-length // 64)
+    start = (chunks.cumsum(0) - chunks).int() * 64
+    tables = start, length, torch.arange(len(lengths)).repeat_interleave(chunks).int()
+    heads = launch._Heads(1, 1, 16, 16, torch.float32, False, False)
+    _, order = launch._scan_tables(heads, None, None, tables)
+    assert order.tolist() == length.argsort(descending=True, stable=True).tolist()
 
 
 @pytest.mark.skipif(INTERPRET, reason="float64 always takes the PyTorch implementation")

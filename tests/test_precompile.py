@@ -15,7 +15,7 @@ from mom_compile import MoMForCausalLM
 from mom_compile.memory_policy import MEMORY_POLICIES
 from mom_compile.ops._launch import Launch, instead_of_launches
 from mom_compile.ops._triton import standing_for_gpu
-from mom_compile.precompile import compile_launches, precompile_training, training_launches
+from mom_compile.precompile import compiling, precompiling, training_launches
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -84,9 +84,11 @@ def test_every_rule_of_a_model_is_recorded() -> None:
     assert len(scans) == 2
 
 
-def test_nothing_is_compiled_for_a_cpu() -> None:
-    if not ON_GPU:
-        assert precompile_training(tiny_model(num_hidden_layers=1), 2, 64) == 0
+@pytest.mark.skipif(ON_GPU, reason="of a CPU")
+def test_nothing_is_compiled_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mom_compile.precompile.compiling", None)
+    with precompiling(tiny_model(num_hidden_layers=1), 2, 64):
+        pass
 
 
 class _Driver:
@@ -123,8 +125,12 @@ def test_a_compiled_kernel_is_found_and_a_failure_does_not_count(
     monkeypatch.setattr(JITFunction, "_do_compile", count)
     try:
         device = torch.device("cuda", 0)
-        assert compile_launches([wrong, failing, *short], device, threads=2) == len(short) == 3
-        compilations.clear()
+        with compiling([wrong, failing, *short], device, threads=2) as submitted:
+            compilations.clear()
+            for launch in short:  # the step in the body finds each on its way, and waits for it
+                assert launch.compile(device).result() is not None
+            assert not compilations
+        assert sum(each.kernel is not None for each in submitted) == len(short) == 3
         for launch in short:
             launch.compile(device)
         assert not compilations

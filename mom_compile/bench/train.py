@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ..captured_step import CapturedStep
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import MoMAttention
-from ..precompile import precompile_training
+from ..precompile import precompiling
 from .counts import forward_flops
 from .measure import (
     device_name,
@@ -48,7 +49,8 @@ class Options(NamedTuple):
         size: name of a model in ``SIZES``.
         shapes: (batch, length) of the steps; the first one's first call is the warm-up that is reported.
         compile: run every block through ``torch.compile`` (regional compilation).
-        memory: memory policy, see :mod:`mom_compile.memory_policy`; a step that does not fit is tried with ``block``.
+        memory: memory policy, see :mod:`mom_compile.memory_policy`; a step that does not fit is tried with
+            ``block`` for a third of the blocks, then for all.
         graph: on a GPU, replay our steps as one CUDA graph each, as ``train`` does.
         repeats: measurements a median is over; a third of it from ``LONG`` tokens up.
         peers: folder of adapters or None.
@@ -115,13 +117,17 @@ def _model(
 ) -> dict[tuple[int, int], float]:
     """Rows of the whole model; the ms by (batch, length)."""
     torch.manual_seed(0)
-    model = MoMForCausalLM(config).to(device, dtype).train()
-    model.set_memory_policy(options.memory)
+    with device:
+        model = MoMForCausalLM(config).to(dtype).train()
     leaves = list(model.parameters())
     graph = options.graph and device.type == "cuda"
-    if options.compile:
-        for block in model.model.layers:
-            block.compile(fullgraph=True)
+
+    @cache
+    def compile_blocks() -> None:
+        if options.compile:
+            for block in model.model.layers:
+                block.compile(fullgraph=True)
+
     # After the first step, so that the time since the process's start is that step's.
     ceilings: Ceilings | None = None
     times = {}
@@ -135,11 +141,12 @@ def _model(
             loss.backward()
 
         def first_step(batch: int = batch, length: int = length, step: Callable[[], None] = step) -> None:
-            precompile_training(model, batch, length)
-            step()
+            with precompiling(model, batch, length):
+                compile_blocks()  # torch imports its compiler here
+                step()
 
         measured = None
-        for policy in dict.fromkeys((options.memory, "block")):
+        for policy in dict.fromkeys((options.memory, f"block:{len(model.model.layers) // 3}", "block")):
             model.set_memory_policy(policy)
             free(device)  # what a step that did not fit had allocated is held until its error is gone
             try:

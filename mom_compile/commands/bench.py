@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--no-compile", action="store_true", help="run the model eagerly")
     train.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel of a step by itself")
     train.add_argument(
-        "--memory", default="auto", metavar="POLICY", help="memory policy: auto (default), save, selective or block"
-    )
+        "--memory", default="auto", metavar="POLICY",
+        help="memory policy: auto (default), save, selective, block, or block:N for the first N blocks",
+    )  # fmt: skip
     train.add_argument("--quick", action="store_true", help="no further lengths, no operators")
     train.add_argument(
         "--keep-caches", action="store_true", help="use the compilers' caches: the first step is shorter"

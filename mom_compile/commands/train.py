@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory", default=argparse.SUPPRESS, metavar="POLICY",
-        help="what is kept for the backward: auto (default), save, selective or block",
+        help="what is kept for the backward: auto (default), save, selective, block, or block:N for the first N blocks",
     )  # fmt: skip
     parser.add_argument("--no-cuda-graph", action="store_true", help="launch every kernel of a step by itself")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .kernels_fwd import (
     ROWS,
-    block_of,
+    chain_of,
     fence_copies,
     finished,
     key_tile,
@@ -33,7 +33,7 @@ from .kernels_fwd import (
 
 @triton.jit(do_not_specialize=["rows", "scale"])
 def chunk_scan_bwd_kernel(
-    q, k, gates, inverse, scores, do, dfinal_state, segment_start, segment_length, rows, dstates, dw,
+    q, k, gates, inverse, scores, do, dfinal_state, order, segment_start, segment_length, rows, dstates, dw,
     dinitial_state, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
@@ -42,8 +42,7 @@ def chunk_scan_bwd_kernel(
 
     Writes the gradient of the state after each chunk, and of w (of v without the delta).
     """
-    pid, block = block_of(tl.cdiv(V, BV))
-    segment, head = (pid // HV).to(tl.int64), pid % HV
+    segment, head, block = chain_of(order, tl.cdiv(V, BV), HV)
     row, col, square = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, ROWS)
     value = block * BV + tl.arange(0, BV)
     start, length = load_span(segment_start, segment_length, segment, rows)

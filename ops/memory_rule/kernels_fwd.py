@@ -10,6 +10,7 @@ from .._triton_kernels import INTERPRETED, helper
 ROWS = tl.constexpr(64)
 # exp of anything below is 0 in float32, so a stronger decay of one token needs no larger sums.
 STRONGEST = tl.constexpr(-110.0)
+BLOCK_S = tl.constexpr(128)
 
 
 @helper
@@ -25,6 +26,14 @@ def load_segment(chunk_segment, chunk, segments):
     """The segment of a chunk, -1 for none. The host does not check tables on a GPU, so no value may lead outside."""
     segment = tl.load(chunk_segment + chunk)
     return tl.where(segment < segments, segment, -1)
+
+
+@helper
+def chain_of(order, blocks: tl.constexpr, HV: tl.constexpr):
+    """Segment, head and block of a program of a scan. The longest segments start first: what waits for a free
+    multiprocessor is short, and their chunks, one after the other, are the time that a scan takes at least."""
+    pid, block = block_of(blocks)
+    return tl.load(order + pid // HV).to(tl.int64), pid % HV, block
 
 
 @helper
@@ -235,32 +244,42 @@ def unit_lower_inverse(lower):
     return tl.reshape(x, [64, 64])
 
 
-@triton.jit(do_not_specialize=["segments"])
-def chunk_gates_kernel(
-    g, beta, segment_start, segment_length, chunk_segment, segments, gates,
+@triton.jit(do_not_specialize=["segments", "chunks"])
+def scan_tables_kernel(
+    g, beta, segment_start, segment_length, chunk_segment, segments, chunks, gates, order,
     HV: tl.constexpr, BLOCK_H: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """exp(G), exp(G_C - G) and beta of one chunk, ``gates [chunks, HV, 3, 64]``: the scans only load them."""
-    chunk = tl.program_id(0).to(tl.int64)
-    segment = load_segment(chunk_segment, tl.program_id(0), segments)
-    if segment < 0:
-        return
-    count = valid_rows(segment_start, segment_length, segment, chunk)
-    row, head = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_H)[None, :]
-    mask = (row < count) & (head < HV)
-    source = (chunk * ROWS + row) * HV + head
-    target = gates + (chunk * HV + head) * (3 * ROWS) + row
-    if HAS_GATE:
-        gate = tl.maximum(tl.load(g + source, mask=mask, other=0.0).to(tl.float32), STRONGEST)
-        high = tl.floor(gate * 1024.0 + 0.5) * (1.0 / 1024.0)
-        low = gate - high
-        high_sum, low_sum = tl.cumsum(high, 0), tl.cumsum(low, 0)
-        high_last, low_last = tl.sum(high, 0)[None, :], tl.sum(low, 0)[None, :]
-        tl.store(target, tl.exp(high_sum + low_sum), mask=head < HV)
-        tl.store(target + ROWS, tl.exp((high_last - high_sum) + (low_last - low_sum)), mask=head < HV)
-    if HAS_DELTA:
-        rate = tl.load(beta + source, mask=mask, other=0.0).to(tl.float32)
-        tl.store(target + 2 * ROWS, rate, mask=head < HV)
+    """What the scans only load: exp(G), exp(G_C - G) and beta of one chunk, ``gates [chunks, HV, 3, 64]``, and the
+    segments from the longest to the shortest, ``order [segments]``."""
+    for segment in range(tl.program_id(0), segments, tl.num_programs(0)):
+        own = tl.load(segment_length + segment)
+        before = tl.full([BLOCK_S], 0, dtype=tl.int32)
+        for start in range(0, segments, BLOCK_S):
+            other = start + tl.arange(0, BLOCK_S)
+            length = tl.load(segment_length + other, mask=other < segments, other=0)
+            sooner = (length > own) | ((length == own) & (other < segment))
+            before += tl.where((other < segments) & sooner, 1, 0)
+        tl.store(order + tl.sum(before, 0), segment)
+    if HAS_GATE or HAS_DELTA:
+        chunk = tl.program_id(0).to(tl.int64)
+        owner = tl.load(chunk_segment + chunk, mask=chunk < chunks, other=-1)
+        if (owner >= 0) & (owner < segments):
+            count = valid_rows(segment_start, segment_length, owner, chunk)
+            row, head = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_H)[None, :]
+            mask = (row < count) & (head < HV)
+            source = (chunk * ROWS + row) * HV + head
+            target = gates + (chunk * HV + head) * (3 * ROWS) + row
+            if HAS_GATE:
+                gate = tl.maximum(tl.load(g + source, mask=mask, other=0.0).to(tl.float32), STRONGEST)
+                high = tl.floor(gate * 1024.0 + 0.5) * (1.0 / 1024.0)
+                low = gate - high
+                high_sum, low_sum = tl.cumsum(high, 0), tl.cumsum(low, 0)
+                high_last, low_last = tl.sum(high, 0)[None, :], tl.sum(low, 0)[None, :]
+                tl.store(target, tl.exp(high_sum + low_sum), mask=head < HV)
+                tl.store(target + ROWS, tl.exp((high_last - high_sum) + (low_last - low_sum)), mask=head < HV)
+            if HAS_DELTA:
+                rate = tl.load(beta + source, mask=mask, other=0.0).to(tl.float32)
+                tl.store(target + 2 * ROWS, rate, mask=head < HV)
 
 
 @helper
@@ -326,14 +345,13 @@ def chunk_pairs_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def chunk_scan_kernel(
-    k, v, gates, inverse, initial_state, segment_start, segment_length, rows, final_state, states, v_new,
+    k, v, gates, inverse, initial_state, order, segment_start, segment_length, rows, final_state, states, v_new,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state through the chunks of one segment, for one value head and block of the state: NK tiles of BK rows, BV
     columns. With the delta a block has all rows."""
-    pid, block = block_of(tl.cdiv(K, NK * BK) * tl.cdiv(V, BV))
-    segment, head = (pid // HV).to(tl.int64), pid % HV
+    segment, head, block = chain_of(order, tl.cdiv(K, NK * BK) * tl.cdiv(V, BV), HV)
     row, square = tl.arange(0, ROWS), tl.arange(0, ROWS)
     col = block // tl.cdiv(V, BV) * (NK * BK) + tl.arange(0, BK)
     value = block % tl.cdiv(V, BV) * BV + tl.arange(0, BV)

@@ -16,7 +16,7 @@ from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, poin
 from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
-from .kernels_fwd import chunk_gates_kernel, chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel
+from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel, scan_tables_kernel
 from .kernels_recurrent import recurrent_kernel
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
 
@@ -57,7 +57,7 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
         bv = min(value, 32)
         constants |= {"V": heads.V, "BK": key, "BV": bv, "HAS_DELTA": heads.delta}
         return Config(constants), cdiv(heads.V, bv)
-    if kernel is chunk_gates_kernel:
+    if kernel is scan_tables_kernel:
         constants = {"HV": heads.HV, "BLOCK_H": next_power_of_2(heads.HV)}
         return Config(constants | {"HAS_GATE": heads.gate, "HAS_DELTA": heads.delta}, num_warps=1), 1
     # float32 products run on the plain units with their operands in registers: small blocks, more threads.
@@ -67,11 +67,9 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     if kernel is chunk_scan_kernel and not heads.delta and not wide:
         bk, bv, stages = _plain_scan_blocks(heads, large, chains)
     elif kernel is chunk_scan_kernel and not wide:
-        # 160 blocks of 32 columns are faster than 80 of 64 (0.76 for 0.87 ms), in the backward they are not.
-        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 3), (128, 2), PROCESSORS * 5 // 4)
+        bk, bv, stages = _scan_blocks(heads, large, chains, (256, 3), (128, 2))
     elif kernel is chunk_scan_bwd_kernel and not wide:
-        narrow = (128, 2 if heads.K > 128 else 3)
-        bk, bv, stages = _scan_blocks(heads, large, chains, narrow, (64, 2), PROCESSORS)
+        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 2 if heads.K > 128 else 3), (64, 2))
     elif kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
         bv = min(value, 16)
     elif kernel is chunk_out_kernel and not wide and large:
@@ -104,18 +102,20 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
 
 
 def _scan_blocks(
-    heads: _Heads, large: bool, chains: int, narrow: tuple[int, int], broad: tuple[int, int], most: int
+    heads: _Heads, large: bool, chains: int, narrow: tuple[int, int], broad: tuple[int, int]
 ) -> tuple[int, int, int]:
-    """BK, BV and stages of a scan; ``narrow`` and ``broad``: BK and stages of the narrowest and of wider blocks;
-    ``most``: blocks of 32 columns."""
+    """BK, BV and stages of a scan; ``narrow`` and ``broad``: BK and stages of blocks of at most 32 columns, of which a
+    processor holds one, and of wider ones."""
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     if not large:
         return min(key, 64), min(value, 32), 1
     bv, (bk, stages) = min(value, 64), broad
     if chains * cdiv(heads.V, 16) <= PROCESSORS:
         bv, (bk, stages) = 16, narrow
-    elif chains * cdiv(heads.V, 32) <= most:
-        bv = min(value, 32)
+    # The chains of a MoM layer are not of one length, and the shared memory's start first: short ones follow each other
+    # on a processor while a long one takes its time.
+    elif chains * cdiv(heads.V, 32) <= PROCESSORS * 5 // 4:
+        bv, (bk, stages) = min(value, 32), narrow
     return min(key, bk), bv, stages
 
 
@@ -151,14 +151,21 @@ def _pairs(
     return inverse, scores
 
 
-def _gates(heads: _Heads, g: Tensor | None, beta: Tensor | None, tables: tuple[Tensor, ...]) -> Tensor | None:
-    """``[chunks, HV, 3, 64]``: the decay from the start and to the end of its chunk, and beta, of every row."""
-    value = beta if g is None else g
-    if value is None:
-        return None
-    gates = torch.empty(tables[2].shape[0], heads.HV, 3, CHUNK, dtype=torch.float32, device=value.device)
-    _run(chunk_gates_kernel, heads, gates.shape[0], g, beta, *tables, tables[0].shape[0], gates)
-    return gates
+def _scan_tables(
+    heads: _Heads, g: Tensor | None, beta: Tensor | None, tables: tuple[Tensor, ...]
+) -> tuple[Tensor | None, Tensor]:
+    """``[chunks, HV, 3, 64]``: the decay from the start and to the end of its chunk, and beta, of every row; and the
+    segments in the order in which the scans start them."""
+    segment_start, _, chunk_segment = tables
+    gates = None
+    if heads.gate or heads.delta:
+        shape = (chunk_segment.shape[0], heads.HV, 3, CHUNK)
+        gates = torch.empty(shape, dtype=torch.float32, device=segment_start.device)
+    order = torch.empty_like(segment_start)
+    chunks = chunk_segment.shape[0]
+    # One program more than chunks: where there is none, the segments are ordered all the same.
+    _run(scan_tables_kernel, heads, chunks + 1, g, beta, *tables, segment_start.shape[0], chunks, gates, order)
+    return gates, order
 
 
 def _scan(
@@ -166,6 +173,7 @@ def _scan(
     k: Tensor,
     v: Tensor,
     gates: Tensor | None,
+    order: Tensor,
     inverse: Tensor | None,
     initial_state: Tensor | None,
     tables: tuple[Tensor, ...],
@@ -181,7 +189,7 @@ def _scan(
     v_new = torch.empty_like(v) if heads.delta else v
     _run(
         chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, gates, inverse, initial_state,
-        segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
+        order, segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
     )  # fmt: skip
     return final_state, states, v_new
 
@@ -201,9 +209,11 @@ def chunk_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Chunked forward on aligned rows; shapes and results as ``mom::chunk_gated_delta_rule`` (see op.py)."""
     heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
-    gates = _gates(heads, g, beta, tables)
+    gates, order = _scan_tables(heads, g, beta, tables)
     inverse, scores = _pairs(heads, q, k, g, beta, tables, scale)
-    final_state, states, v_new = _scan(heads, k, v, gates, inverse, initial_state, tables, bool(save & SAVE_STATES))
+    final_state, states, v_new = _scan(
+        heads, k, v, gates, order, inverse, initial_state, tables, bool(save & SAVE_STATES)
+    )
     o = torch.empty_like(v)
     programs = v.shape[0] // CHUNK * heads.HV
     _run(chunk_out_kernel, heads, programs, q, gates, v_new, scores, states, *tables, segment_start.shape[0], o, scale)
@@ -239,18 +249,18 @@ def chunk_bwd(
     heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
     rows, programs = q.shape[0], q.shape[0] // CHUNK * heads.HV
     groups = heads.HV // heads.H
-    gates = _gates(heads, g, beta, tables)
+    gates, order = _scan_tables(heads, g, beta, tables)
     a: Tensor | None = inverse
     if scores.numel() == 0 or (heads.delta and inverse.numel() == 0):
         a, scores = _pairs(heads, q, k, g, beta, tables, scale)
     if not heads.delta:
         a, v_new = None, v
     if v_new.numel() == 0:
-        _, states, v_new = _scan(heads, k, v, gates, a, initial_state, tables)
+        _, states, v_new = _scan(heads, k, v, gates, order, a, initial_state, tables)
     elif states.numel() == 0:
         # With v_new known the write is plain: one product a chunk, which does not wait for the state.
         plain = heads._replace(delta=False)
-        _, states, _ = _scan(plain, k, v_new, gates if heads.gate else None, None, initial_state, tables)
+        _, states, _ = _scan(plain, k, v_new, gates if heads.gate else None, order, None, initial_state, tables)
 
     dstates = torch.empty_like(states)
     dv = torch.empty_like(v)
@@ -258,7 +268,7 @@ def chunk_bwd(
     dinitial = v.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     _run(
         chunk_scan_bwd_kernel, heads, segment_start.shape[0] * heads.HV, q, k, gates, a, scores, do, dfinal_state,
-        segment_start, segment_length, rows, dstates, dw, None if initial_state is None else dinitial, scale,
+        order, segment_start, segment_length, rows, dstates, dw, None if initial_state is None else dinitial, scale,
     )  # fmt: skip
 
     def rows_of_heads(like: Tensor | None) -> Tensor | None:
@@ -315,16 +325,16 @@ _TYPES = {
     "gates": "*fp32",
     **dict.fromkeys(("g", "state", "initial_state", "final_state", "dfinal_state", "dinitial_state"), "*fp32"),
     **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg"), "*fp32"),
-    **dict.fromkeys(("segment_start", "segment_length", "chunk_segment"), "*i32"),
+    **dict.fromkeys(("segment_start", "segment_length", "chunk_segment", "order"), "*i32"),
     **dict.fromkeys(("state_indices", "cu_seqlens"), "*i64"),
-    **dict.fromkeys(("tokens", "pool", "rows", "segments"), "i32"),
+    **dict.fromkeys(("tokens", "pool", "rows", "segments", "chunks"), "i32"),
     "scale": "fp32",
 }
 """Triton type of each kernel argument; those not named are pointers to the dtype of v."""
 _GATE_ONLY = ("g", "dg", "dgate", "gate_part")
 _DELTA_ONLY = ("beta", "dbeta", "inverse", "dw", "dkk", "beta_part")
 _KERNELS = (
-    chunk_gates_kernel,
+    scan_tables_kernel,
     chunk_pairs_kernel,
     chunk_scan_kernel,
     chunk_out_kernel,
@@ -342,8 +352,7 @@ def variants() -> Iterator[KernelVariant]:
         for dtype in KERNEL_DTYPES:
             for key, value in shapes:
                 for gate, delta in ((False, False), (True, False), (False, True), (True, True)):
-                    if not (kernel is chunk_gates_kernel and not (gate or delta)):
-                        yield from _variants(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
+                    yield from _variants(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
 
 
 def _variants(kernel: Any, heads: _Heads) -> Iterator[KernelVariant]:
