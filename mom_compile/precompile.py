@@ -28,8 +28,8 @@ def precompiling(
 ) -> Iterator[None]:
     """Compile the Triton kernels of a training step in threads, while the body runs; on a CPU or interpreted nothing.
 
-    The body is the first step: torch.compile traces it meanwhile, and a launch waits for its kernel. Neither the GPU nor
-    the model is touched here. A kernel or a recording that fails is compiled, or reported, by the step itself.
+    The body is the first step: torch.compile traces it meanwhile, and a launch waits for its kernel. Neither the GPU
+    nor the model is touched here. A kernel or a recording that fails is compiled, or reported, by the step itself.
 
     Args:
         model: on the device, and of the dtype, that it trains in.
@@ -92,7 +92,7 @@ def training_launches(
 
 @contextlib.contextmanager
 def compiling(launches: Sequence[Launch], device: torch.device, threads: int | None = None) -> Iterator[list[Any]]:
-    """Compile in threads what ``launches`` run on ``device``, the current one; what is not done when the body ends is waited for.
+    """Compile in threads what ``launches`` run on ``device``, the current one; the end waits for the rest.
 
     Triton and LLVM's passes release the interpreter's lock and ptxas is a process, so that threads do run in parallel.
 

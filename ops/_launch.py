@@ -155,6 +155,27 @@ def instead_of_launches(
         _hook, _architecture = before
 
 
+def fork(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream behind what was launched so far, for ``torch.cuda.stream``: its kernels may run beside those that are
+    launched until :func:`join`. None, which changes no stream, where launches do not run on a GPU."""
+    if _hook is not None or device.type != "cuda":
+        return None
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+def join(stream: torch.cuda.Stream | None) -> None:
+    """What is launched from now on waits for the stream of :func:`fork`."""
+    if stream is not None:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def shared_memory_kb(device: torch.device) -> int:
     """Shared memory of a thread block, in KiB; that of the smallest GPUs for the interpreter."""
     if isinstance(_architecture, int):

@@ -12,7 +12,18 @@ import triton
 from torch import Tensor
 
 from .._kernel_variant import SHARED_MEMORY_KB, KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, shared_memory_kb, variant
+from .._launch import (
+    KERNEL_DTYPES,
+    Config,
+    cdiv,
+    fork,
+    join,
+    launch,
+    next_power_of_2,
+    pointer,
+    shared_memory_kb,
+    variant,
+)
 from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
@@ -178,19 +189,21 @@ def _scan(
     initial_state: Tensor | None,
     tables: tuple[Tensor, ...],
     zero_states: bool = False,
+    stream: torch.cuda.Stream | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Final state, states and v_new. States of chunks that no segment uses are not written, hence the zeros on demand;
-    v_new is zeroed there by chunk_out."""
+    v_new is zeroed there by chunk_out. Memory is of the current stream, whatever ``stream`` the kernel runs on."""
     segment_start, segment_length, chunk_segment = tables
     state = (heads.HV, heads.K, heads.V)
     dtype = torch.float32 if initial_state is None else initial_state.dtype
     final_state = v.new_empty(segment_start.shape[0], *state, dtype=dtype)
     states = (v.new_zeros if zero_states else v.new_empty)(chunk_segment.shape[0], *state)
     v_new = torch.empty_like(v) if heads.delta else v
-    _run(
-        chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, gates, inverse, initial_state,
-        order, segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
-    )  # fmt: skip
+    with torch.cuda.stream(stream):
+        _run(
+            chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, gates, inverse, initial_state,
+            order, segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
+        )  # fmt: skip
     return final_state, states, v_new
 
 
@@ -255,12 +268,16 @@ def chunk_bwd(
         a, scores = _pairs(heads, q, k, g, beta, tables, scale)
     if not heads.delta:
         a, v_new = None, v
+    replay = final = None
     if v_new.numel() == 0:
         _, states, v_new = _scan(heads, k, v, gates, order, a, initial_state, tables)
     elif states.numel() == 0:
         # With v_new known the write is plain: one product a chunk, which does not wait for the state.
-        plain = heads._replace(delta=False)
-        _, states, _ = _scan(plain, k, v_new, gates if heads.gate else None, order, None, initial_state, tables)
+        # Its kernel runs beside the scan of the gradient, which does not need the states and leaves processors idle.
+        plain, replay = heads._replace(delta=False), fork(q.device)
+        plain_gates = gates if heads.gate else None
+        # Held until `join`: what it writes to must not be given to another tensor before.
+        final, states, _ = _scan(plain, k, v_new, plain_gates, order, None, initial_state, tables, stream=replay)
 
     dstates = torch.empty_like(states)
     dv = torch.empty_like(v)
@@ -283,6 +300,8 @@ def chunk_bwd(
     )  # fmt: skip
 
     dtype = q.dtype if groups == 1 else torch.float32
+    join(replay)
+    del final
     dq = q.new_empty(rows, heads.HV, heads.K, dtype=dtype)
     dk = torch.empty_like(dq)
     dg = v.new_empty(0) if g is None else torch.empty_like(g)
