@@ -78,9 +78,10 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     if kernel is chunk_scan_kernel and not heads.delta and not wide:
         bk, bv, stages = _plain_scan_blocks(heads, large, chains)
     elif kernel is chunk_scan_kernel and not wide:
-        bk, bv, stages = _scan_blocks(heads, large, chains, (256, 3), (128, 2))
+        bk, bv, stages = _scan_blocks(heads, large, chains, {16: (256, 4), 32: (256, 3), 64: (128, 2)})
     elif kernel is chunk_scan_bwd_kernel and not wide:
-        bk, bv, stages = _scan_blocks(heads, large, chains, (128, 2 if heads.K > 128 else 3), (64, 2))
+        narrow = 128, 2 if heads.K > 128 else 3
+        bk, bv, stages = _scan_blocks(heads, large, chains, {16: narrow, 32: narrow, 64: (64, 2)})
     elif kernel in (chunk_scan_kernel, chunk_scan_bwd_kernel):
         bv = min(value, 16)
     elif kernel is chunk_out_kernel and not wide and large:
@@ -112,22 +113,23 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     return Config(constants, warps, stages, registers=registers), blocks
 
 
-def _scan_blocks(
-    heads: _Heads, large: bool, chains: int, narrow: tuple[int, int], broad: tuple[int, int]
-) -> tuple[int, int, int]:
-    """BK, BV and stages of a scan; ``narrow`` and ``broad``: BK and stages of blocks of at most 32 columns, of which a
-    processor holds one, and of wider ones."""
+def _few(heads: _Heads, chains: int) -> bool:
+    """Whether the scans take blocks of at most 32 columns, of which a processor holds one.
+
+    The chains of a MoM layer are not of one length, and the longest, the shared memory's, start first: short ones
+    follow each other on a processor while a long one takes its time, so there may be more blocks than processors.
+    """
+    return chains * cdiv(heads.V, 32) <= PROCESSORS * 5 // 4
+
+
+def _scan_blocks(heads: _Heads, large: bool, chains: int, choices: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
+    """BK, BV and stages of a scan; ``choices``: BK and stages by the columns of a block, 16, 32 or 64."""
     key, value = next_power_of_2(max(heads.K, 16)), next_power_of_2(max(heads.V, 16))
     if not large:
         return min(key, 64), min(value, 32), 1
-    bv, (bk, stages) = min(value, 64), broad
-    if chains * cdiv(heads.V, 16) <= PROCESSORS:
-        bv, (bk, stages) = 16, narrow
-    # The chains of a MoM layer are not of one length, and the shared memory's start first: short ones follow each other
-    # on a processor while a long one takes its time.
-    elif chains * cdiv(heads.V, 32) <= PROCESSORS * 5 // 4:
-        bv, (bk, stages) = min(value, 32), narrow
-    return min(key, bk), bv, stages
+    columns = 16 if chains * cdiv(heads.V, 16) <= PROCESSORS else 32 if _few(heads, chains) else 64
+    bk, stages = choices[columns]
+    return min(key, bk), min(value, columns), stages
 
 
 def _plain_scan_blocks(heads: _Heads, large: bool, chains: int) -> tuple[int, int, int]:
@@ -273,9 +275,10 @@ def chunk_bwd(
         _, states, v_new = _scan(heads, k, v, gates, order, a, initial_state, tables)
     elif states.numel() == 0:
         # With v_new known the write is plain: one product a chunk, which does not wait for the state.
-        # Its kernel runs beside the scan of the gradient, which does not need the states and leaves processors idle.
-        plain, replay = heads._replace(delta=False), fork(q.device)
-        plain_gates = gates if heads.gate else None
+        plain, plain_gates = heads._replace(delta=False), gates if heads.gate else None
+        if _few(heads, segment_start.shape[0] * heads.HV):
+            # Beside the scan of the gradient, which then leaves processors idle and does not need the states.
+            replay = fork(q.device)
         # Held until `join`: what it writes to must not be given to another tensor before.
         final, states, _ = _scan(plain, k, v_new, plain_gates, order, None, initial_state, tables, stream=replay)
 
