@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import after_previous, helper, product
+from .._triton_kernels import after_previous, helper, prefetch, product
 
 
 @helper
@@ -80,40 +80,53 @@ def decode_row_kernel(
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def decode_tile_kernel(
-    x, weight, norm_weight, small_weight, y, small, rows, eps,
+    x, weight, norm_weight, small_weight, y, small, ahead, rows, eps,
     F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
     BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+    PARALLEL: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows (at most BR) and a block of outputs on tensor cores, or one row and a block of the small product.
 
-    The norm has no weight here: its factor of a row stands behind the product, and the sums of squares are the diagonal
-    of one more product, so that x goes from memory to the tensor cores as it is.
+    The BK features of a turn are PARALLEL products, one of each warp: one after the other, they would take longer than
+    their weights do to arrive. The norm has no weight here: its factor of a row stands behind the product, and the sums
+    of squares are the diagonal of one more product, so that x goes from memory to the tensor cores as it is.
     """
     PARTS: tl.constexpr = (P + BP - 1) // BP
+    PIECE: tl.constexpr = BK // PARALLEL
     pid = tl.program_id(0)
+    if ahead is not None:
+        prefetch(ahead, AHEAD)
     # The programs of the small product start first: they would be a tail.
     block = pid - rows * PARTS
     if block >= 0:
+        if PDL:
+            after_previous()
         row, output = tl.arange(0, BR), block * BO + tl.arange(0, BO)
-        total = tl.zeros([BR, BO], tl.float32)
-        right = tl.zeros([BR, BO], tl.float32)
-        squares = tl.zeros([BR, BR], tl.float32)
+        piece = tl.arange(0, PARALLEL)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+        total = tl.zeros([PARALLEL, BR, BO], tl.float32)
+        right = tl.zeros([PARALLEL, BR, BO], tl.float32)
+        squares = tl.zeros([PARALLEL, BR, BR], tl.float32)
         for begin in tl.range(0, F, BK, num_stages=STAGES):
-            feature = begin + tl.arange(0, BK)
-            mask = (row < rows)[:, None] & (feature < F)[None, :]
-            value = tl.load(x + row[:, None] * F + feature[None, :], mask=mask, other=0.0)
-            mask = (output < OUT)[None, :] & (feature < F)[:, None]
-            source = weight + output.to(tl.int64)[None, :] * F + feature[:, None]
+            feature = (begin + piece)[:, None, :]
+            mask = (row < rows)[None, :, None] & (feature < F)
+            value = tl.load(x + row[None, :, None] * F + feature, mask=mask, other=0.0)
+            feature = (begin + piece)[:, :, None]
+            mask = (output < OUT)[None, None, :] & (feature < F)
+            source = weight + output.to(tl.int64)[None, None, :] * F + feature
             total = product(value, tl.load(source, mask=mask, other=0.0), total)
             if SWIGLU:
                 right = product(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
             if NORM:
-                squares = product(value, tl.trans(value), squares)
+                squares = product(value, tl.permute(value, (0, 2, 1)), squares)
+        total = tl.sum(total, 0)
+        if SWIGLU:
+            right = tl.sum(right, 0)
         if NORM:
-            square = tl.sum(tl.where(row[:, None] == row[None, :], squares, 0.0), 1)
+            square = tl.sum(tl.where(row[:, None] == row[None, :], tl.sum(squares, 0), 0.0), 1)
             factor = 1.0 / tl.sqrt(square / F + eps)
             total *= factor[:, None]
-            right *= factor[:, None]
+            if SWIGLU:
+                right *= factor[:, None]
         if SWIGLU:
             total = total * tl.sigmoid(total) * right
         target = row[:, None] * OUT + output[None, :]
@@ -124,7 +137,7 @@ def decode_tile_kernel(
     else:
         if P > 0:
             own = (pid // PARTS).to(tl.int64)
-            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, False)
+            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, PDL)
 
 
 @triton.jit(do_not_specialize=["eps"])

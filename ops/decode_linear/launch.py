@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, prefetched, variant
 from . import cpu
 from .kernels import decode_prepare_kernel, decode_row_kernel, decode_swiglu_kernel, decode_tile_kernel
 
@@ -22,14 +22,16 @@ PROGRAMS = 256
 """What a launch should at least have to keep the multiprocessors of a large GPU busy."""
 TILE_PROGRAMS = 60
 """The same for the tile kernel, whose programs have more in flight."""
+PARALLEL = 4
+"""Warps of the tile kernel, each with a piece of the features."""
 MEASURED = {
-    (1024, 12288, False): (64, 128, 3),
-    (1024, 1024, False): (8, 128, 6),
-    (1024, 2048, True): (32, 128, 4),
-    (2048, 1024, False): (16, 256, 4),
+    (1024, 12288, False): (64, 128, 4),
+    (1024, 1024, False): (8, 256, 5),
+    (1024, 2048, True): (16, 256, 5),
+    (2048, 1024, False): (8, 256, 8),
     (1024, 32000, False): (64, 256, 3),
 }
-"""(F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6."""
+"""(F, outputs, swiglu) -> (BO, BK, stages). Chosen for the bytes that are under way at once, not timed yet."""
 SWIGLU_BLOCK = 1024
 
 
@@ -51,16 +53,18 @@ def _row_config(
     return Config(constants, num_warps=warps, overlap=True)
 
 
-def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
+def _tile_config(
+    features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool, ahead: int = 0
+) -> Config:
     constants = _constants(features, small, norm)
     block = 64
     while block > 8 and cdiv(outputs, block) < TILE_PROGRAMS:
         block //= 2
-    depth, stages = min(next_power_of_2(max(features, 16)), 8192 // (block * (1 + swiglu)), 256), 4
-    block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, stages))
-    constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages}
-    constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
-    return Config(constants, num_warps=4)
+    depth = min(max(next_power_of_2(features), 16 * PARALLEL), 8192 // (block * (1 + swiglu)), 256)
+    block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, 4))
+    constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
+    constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add, "AHEAD": ahead}
+    return Config(constants, num_warps=PARALLEL, overlap=True)
 
 
 def decode_linear(
@@ -72,6 +76,7 @@ def decode_linear(
     swiglu: bool,
     eps: float,
     y: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as ``mom::decode_linear``; with ``y`` the product is added to it in place."""
     rows, features = x.shape
@@ -97,10 +102,11 @@ def decode_linear(
     else:
         small = _small_outputs(x, small_weight)
     if tiles:
-        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
+        ahead, size = prefetched(ahead)
+        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add, size)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + rows * cdiv(small_outputs, config.constants["BP"])
-        launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
+        launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, ahead, rows, eps)
         return y, small
     y = cpu.product(x, weight, y, False)
     return combine_halves(y) if swiglu else y, small
@@ -141,6 +147,7 @@ def _arguments(kernel: Any, dtype: torch.dtype, norm: bool, small: bool) -> dict
         "norm_weight": kind if norm else None,
         "small_weight": "*fp32" if small else None,
         "small": "*fp32" if small else kind,
+        "ahead": None,
         "rows": "i32",
         "total": "i32",
         "eps": "fp32",
@@ -169,6 +176,9 @@ def variants() -> Iterator[KernelVariant]:
                     arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
                     config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
                     yield variant(label, decode_tile_kernel, arguments, config, quick)
+                    arguments["ahead"] = pointer(dtype)
+                    config = _tile_config(width, outputs, small, norm and not weight, swiglu, add, 1 << 20)
+                    yield variant(f"{label} ahead", decode_tile_kernel, arguments, config, quick and swiglu)
                 if norm:
                     config = Config(_constants(width, small, norm))
                     arguments = _arguments(decode_prepare_kernel, dtype, weight, small > 0)
