@@ -9,23 +9,29 @@ weights are random. Every limit is a ratio to PyTorch in the same run: with few 
 which is the time less that of the same model without layers.
 
 Decode runs with one buffer for past and present, with and without a CUDA graph; nodes on the CPU, copies between
-devices, kernels of a token and the longest of them are named. Then the memory rule alone: LinearAttention beside
-GatedDeltaNet. --provider cpu checks the script itself, with --size tiny. Medians of one run.
+devices, kernels of a token and the longest of them are named, and the first token's logits compared. Then the memory
+rule alone: LinearAttention beside GatedDeltaNet. What fails becomes a row. --provider cpu checks the script itself,
+with --size tiny. Medians of one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
+import re
 import statistics
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +46,7 @@ from mom_compile.export.precision import lower_precision
 
 COLUMNS = {"what": 22, "form": 30, "batch": 5, "ms": 9, "times_ours": 10, "times_ours_per_layer": 20, "note": 0}
 NEVER = ("MemcpyToHost", "MemcpyFromHost", "If", "Loop", "Scan")
+KERNELS = 25  # that are named
 GRAPHS = ("decode", "decode_touched", "prefill")
 # Operators without a kernel of their own: their output is the memory of their input.
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
@@ -61,6 +68,8 @@ def main() -> None:
     if args.export:
         _export(config, args.export)
         return
+    # Beyond 16 tokens the provider's other kernel for heads of 256 asks for more shared memory than there is.
+    os.environ.setdefault("ORT_LINEAR_ATTENTION_COL_SEQ_THRESHOLD", "1000000")
     runtime = require_onnxruntime()
     wanted = f"{args.provider.upper()}ExecutionProvider"
     if wanted not in runtime.get_available_providers():
@@ -98,47 +107,87 @@ def _measure(runtime: Any, folder: Path, config: MoMConfig, args: argparse.Names
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else "CPU"
     versions = f"onnxruntime {runtime.__version__}, torch {torch.__version__}"
-    layers = f"{config.num_hidden_layers} layers of {args.size}"
-    table = Table(COLUMNS, {"device": name, "versions": versions, "model": layers}, args.out)
+    layers = config.num_hidden_layers
+    common = {"device": name, "versions": versions, "model": f"{layers} layers of {args.size}"}
+    table = Table(COLUMNS, common, args.out)
     model = _model(config).to(device, torch.float16 if gpu else torch.float32)
     bare = _model(replace(config, num_hidden_layers=1)).to(device, model.lm_head.weight.dtype)
     bare.model.layers = torch.nn.ModuleList()  # what a token costs beside its layers
-    runs = partial(_call, runtime, folder, config, device)
+    runs = partial(_run, runtime, folder, device)
 
     for batch in args.batch:
-        token = torch.zeros(batch, dtype=torch.int64, device=device)
-        session = DecodeSession(model, batch)
-        ours = _median(partial(session.step, token), args.steps, gpu)
-        rest = _median(_head(bare, token), args.steps, gpu)
-        table.add(what="decode", form="PyTorch, DecodeSession", batch=batch, ms=ours, note=f"without layers {rest:.4f}")
-        for graph in ("decode", "decode_touched"):
-            for captured in (False, True) if gpu else (False,):
-                form = f"{graph}{', CUDA graph' if captured else ''}"
-                call = partial(runs, graph, batch, 1)
-                try:
-                    ms = _median(call(captured), args.steps, gpu)
-                except Exception as error:  # a provider that lacks something is an answer
-                    table.add(what="decode", form=form, batch=batch, note=f"failed: {str(error)[:300]}")
-                    continue
-                per_layer = (ms - rest) / (ours - rest)
-                note = None if captured else _placement(call(False, profile=True), config.num_hidden_layers)
-                table.add(
-                    what="decode", form=form, batch=batch, ms=ms, times_ours=ms / ours,
-                    times_ours_per_layer=per_layer, note=note,
-                )  # fmt: skip
-                if note:
-                    print(f"    {note}")
-                if gpu and captured and batch == args.batch[0]:
-                    for line in _kernels(call(captured)):
-                        print(f"    {line}")
-    ids = torch.randint(0, config.vocab_size, (1, args.prefill), device=device)
-    with torch.no_grad():
+        with _told(table, "decode", "all", batch):
+            _decode(table, runs, model, bare, batch, args, gpu, names=batch == args.batch[0])
+    what, ids = f"prefill of {args.prefill}", torch.randint(0, config.vocab_size, (1, args.prefill), device=device)
+    ours = float("nan")
+    with _told(table, what, "PyTorch", 1), torch.no_grad():
         ours = _median(lambda: model(ids), 10, gpu)
-    ms = _median(runs("prefill", 1, args.prefill, False), 10, gpu)
-    table.add(what=f"prefill of {args.prefill}", form="PyTorch", batch=1, ms=ours)
-    note = _placement(runs("prefill", 1, args.prefill, False, profile=True), config.num_hidden_layers)
-    table.add(what=f"prefill of {args.prefill}", form="prefill", batch=1, ms=ms, times_ours=ms / ours, note=note)
+        table.add(what=what, form="PyTorch", batch=1, ms=ours)
+    for fixed in (False, True):  # without a fixed length shapes are computed at run time, on the CPU
+        form = f"prefill{', length fixed' if fixed else ''}"
+        with _told(table, what, form, 1):
+            run = runs("prefill", 1, args.prefill, fixed=fixed)
+            ms = _median(run.call, 10, gpu)
+            note = _placement(runs("prefill", 1, args.prefill, fixed=fixed, profile=True), layers)
+            table.add(what=what, form=form, batch=1, ms=ms, times_ours=ms / ours, note=note)
+            print(f"    {note}", flush=True)
+            if gpu:
+                _print_kernels(run.call)
     _rules(table, config, args, gpu)
+    for batch in args.batch if gpu else ():  # for comparison with other tables: the dtype that they have
+        with _told(table, "decode", "PyTorch, bfloat16", batch):
+            session = DecodeSession(model.bfloat16(), batch)
+            token = torch.zeros(batch, dtype=torch.int64, device=device)
+            ms = _median(partial(session.step, token), args.steps, gpu)
+            table.add(what="decode", form="PyTorch, bfloat16", batch=batch, ms=ms)
+
+
+def _decode(
+    table: Table,
+    runs: Callable[..., _Run],
+    model: MoMForCausalLM,
+    bare: MoMForCausalLM,
+    batch: int,
+    args: argparse.Namespace,
+    gpu: bool,
+    names: bool,
+) -> None:
+    """Tokens of one batch size; ``names``: also where the nodes run, and which kernels do."""
+    token = torch.zeros(batch, dtype=torch.int64, device=model.lm_head.weight.device)
+    session = DecodeSession(model, batch)
+    logits = session.step(token).detach().flatten().cpu().float().clone()
+    ours = _median(partial(session.step, token), args.steps, gpu)
+    rest = _median(_head(bare, token), args.steps, gpu)
+    table.add(what="decode", form="PyTorch, DecodeSession", batch=batch, ms=ours, note=f"without layers {rest:.4f}")
+    if gpu and names:
+        _print_kernels(partial(session.step, token))
+    for graph, captured in itertools.product(("decode", "decode_touched"), (False, True) if gpu else (False,)):
+        form = f"{graph}{', CUDA graph' if captured else ''}"
+        with _told(table, "decode", form, batch):  # a provider that lacks something is an answer
+            run = runs(graph, batch, 1, captured)
+            run.call()
+            error = (torch.from_numpy(run.logits.numpy()).flatten() - logits).abs().max() / logits.abs().max()
+            ms = _median(run.call, args.steps, gpu)
+            notes = [f"logits off by {error:.1e}"]
+            if names and not captured:
+                notes.append(_placement(runs(graph, batch, 1, profile=True), model.config.num_hidden_layers))
+            table.add(
+                what="decode", form=form, batch=batch, ms=ms, times_ours=ms / ours,
+                times_ours_per_layer=(ms - rest) / (ours - rest), note="; ".join(notes),
+            )  # fmt: skip
+            print(f"    {'; '.join(notes)}", flush=True)
+            if captured:
+                _print_kernels(run.call)
+
+
+@contextmanager
+def _told(table: Table, what: str, form: str, batch: int) -> Iterator[None]:
+    """A failure becomes a row, and the rest is measured."""
+    try:
+        yield
+    except Exception as error:
+        table.add(what=what, form=form, batch=batch, note=f"failed: {type(error).__name__}: {str(error)[:300]}")
+        traceback.print_exc(limit=-3)
 
 
 def _head(model: MoMForCausalLM, token: torch.Tensor) -> Callable[[], Any]:
@@ -158,27 +207,35 @@ def _head(model: MoMForCausalLM, token: torch.Tensor) -> Callable[[], Any]:
     return graph.replay
 
 
-def _call(
+class _Run(NamedTuple):
+    """A graph with everything bound on the device, past and present in one buffer."""
+
+    call: Callable[[], None]
+    session: Any
+    logits: Any
+
+
+def _run(
     runtime: Any,
     folder: Path,
-    config: MoMConfig,
     device: torch.device,
     name: str,
     batch: int,
     length: int,
-    captured: bool,
+    captured: bool = False,
     profile: bool = False,
-) -> Callable[[], Any]:
-    """A call of a graph with everything bound on the device, past and present in one buffer."""
+    fixed: bool = True,
+) -> _Run:
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = profile
     options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
-    options.add_free_dimension_override_by_name("batch", batch)  # no shape is computed at run time
+    sizes = {"batch": batch, "sequence": length}
+    for axis in sizes if fixed else ("batch",):
+        options.add_free_dimension_override_by_name(axis, sizes[axis])  # no shape is computed at run time
     providers = exact_providers([f"{device.type.upper()}ExecutionProvider"], {"enable_cuda_graph": str(int(captured))})
     session = runtime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=providers)
     binding, values = session.io_binding(), {}
-    sizes = {"batch": batch, "sequence": length}
     dtypes = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
     for value in (*session.get_inputs(), *session.get_outputs()):
         key = value.name.replace("present.", "past_key_values.")
@@ -190,18 +247,14 @@ def _call(
         binding.bind_ortvalue_input(value.name, values[value.name])
     for value in session.get_outputs():
         binding.bind_ortvalue_output(value.name, values[value.name.replace("present.", "past_key_values.")])
-
-    def call() -> Any:
-        session.run_with_iobinding(binding)
-        return session
-
-    return call
+    return _Run(lambda: session.run_with_iobinding(binding), session, values["logits"])
 
 
-def _placement(call: Callable[[], Any], layers: int) -> str:
+def _placement(run: _Run, layers: int) -> str:
     """From a profile: nodes that are no views, and those that a CUDA graph cannot hold."""
-    call()
-    events = json.loads(Path(call().end_profiling()).read_text())
+    run.call()
+    run.call()
+    events = json.loads(Path(run.session.end_profiling()).read_text())
     nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
     found = Counter(f"{node['op_name']} {node['provider']}" for node in nodes if node["op_name"] not in VIEWS)
     count = sum(found.values()) // 2  # of two runs
@@ -210,17 +263,19 @@ def _placement(call: Callable[[], Any], layers: int) -> str:
     return f"{count} nodes, {count / layers:.1f} a layer; Memcpy {copies}; on the CPU or copied: {bad or 'nothing'}"
 
 
-def _kernels(call: Callable[[], Any]) -> Iterator[str]:
-    """Kernels of one call and the ten that take longest, by CUDA's own profiler."""
+def _print_kernels(call: Callable[[], Any]) -> None:
+    """Kernels of one call and those that take longest, by CUDA's own profiler."""
     for _ in range(3):
         call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
     events = [event for event in profile.key_averages() if event.device_type == torch.profiler.DeviceType.CUDA]
-    yield f"{sum(event.count for event in events)} kernels and copies of a token"
-    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:10]:
-        yield f"{event.self_device_time_total:9.1f} us in {event.count:4} of {event.key[:80]}"
+    busy = sum(event.self_device_time_total for event in events)
+    print(f"    {sum(event.count for event in events)} kernels and copies, {busy:.0f} us in them")
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:KERNELS]:
+        name = re.sub(r"\(anonymous namespace\)::|^void |onnxruntime::|contrib::|cuda::", "", event.key)
+        print(f"    {event.self_device_time_total:9.1f} us in {event.count:4} of {name[:80]}", flush=True)
 
 
 def _rules(table: Table, config: MoMConfig, args: argparse.Namespace, gpu: bool) -> None:
@@ -234,13 +289,9 @@ def _rules(table: Table, config: MoMConfig, args: argparse.Namespace, gpu: bool)
     forms = ("LinearAttention", "GatedDeltaNet", "GatedDeltaNet, transposed")
     for batch, length, count in cases:
         what = f"rule, T {length}, h {count}"
-        try:
-            calls = rules(batch, length, count, config.head_dim, gpu)
-        except Exception as error:
-            table.add(what=what, form="all", batch=batch, note=f"failed: {str(error)[:300]}")
-            continue
-        for form, call in zip(forms, calls, strict=True):
-            table.add(what=what, form=form, batch=batch, ms=_median(call, 20, gpu))
+        with _told(table, what, "all", batch):
+            for form, call in zip(forms, rules(batch, length, count, config.head_dim, gpu), strict=True):
+                table.add(what=what, form=form, batch=batch, ms=_median(call, 20, gpu))
 
 
 def _median(call: Callable[[], Any], count: int, gpu: bool) -> float:

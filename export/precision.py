@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ ROUTING_AGREEMENT, ROUTING_MARGIN = 0.995, 1e-2
 BLOCK_SIZE = 16  # weights that share a scale and a zero point
 # Sums of squares overflow float16; the memory rule, its state and its decay stay float32.
 _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
+_SHAPE_SIZE = 64  # values of a constant that may be a shape
 _FLOAT32_OPERATORS = ("LinearAttention", "Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal")
 
 
@@ -69,7 +71,11 @@ def lower_precision(model: Any, precision: str, rounded: Mapping[bytes, Rounded]
 
         kept = [*router, *_state_path(proto.graph), *_norm_additions(proto.graph)]
         operators = [*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS]
-        proto = convert_float_to_float16(proto, keep_io_types=True, op_block_list=operators, node_block_list=kept)
+        _infer_shapes(proto)
+        proto = convert_float_to_float16(
+            proto, keep_io_types=True, disable_shape_infer=True, op_block_list=operators, node_block_list=kept
+        )
+        _drop_repeated(proto.graph)
         _join_float32(proto.graph, floats, kept, operators)
     else:
         if precision == "int4":
@@ -92,6 +98,34 @@ def _quantize(proto: Any, bits: int, excluded: list[str]) -> Any:
     )
     quantizer.process()
     return quantizer.model.model
+
+
+def _infer_shapes(proto: Any) -> None:
+    """Write the types and shapes of a graph's values, inferred without its weights: a message ends at 2 GB."""
+    from onnx import shape_inference
+
+    light = type(proto)(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    graph = light.graph
+    graph.name = proto.graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(proto.graph, field))
+    for tensor in proto.graph.initializer:
+        if math.prod(tensor.dims) <= _SHAPE_SIZE:
+            graph.initializer.append(tensor)
+        else:
+            graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+    inferred = shape_inference.infer_shapes(light).graph.value_info
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(inferred)
+
+
+def _drop_repeated(graph: Any) -> None:
+    """Keep one of the casts of a value: up to onnxruntime 1.31 each of its readers brought one, under the same name."""
+    nodes = {tuple(node.output): node for node in graph.node}
+    if len(nodes) < len(graph.node):
+        kept = [type(node).FromString(node.SerializeToString()) for node in nodes.values()]
+        del graph.node[:]
+        graph.node.extend(kept)
 
 
 def _join_float32(

@@ -52,8 +52,9 @@ def touched_step(indices: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor
     args = _one_token(arguments)
     batch, memories = args.recurrent_state.shape[:2]
     weights, chosen = _route(args)
-    if args.shared:
-        chosen, weights = F.pad(chosen, (0, 1), value=memories - 1), F.pad(weights, (0, 1), value=1.0)
+    if args.shared:  # not as padding: ONNX Runtime pads integers on the CPU alone
+        last = torch.tensor([[memories - 1]], device=chosen.device).expand(batch, 1)
+        chosen, weights = torch.cat([chosen, last], 1), F.pad(weights, (0, 1), value=1.0)
     indices.append(chosen)
     pool = torch.arange(batch, device=chosen.device).unsqueeze(1) * memories + chosen  # [B, k']
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from models import tiny_model
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
 from mom_compile.export import artifact
-from mom_compile.export.precision import _router_path, _state_path
+from mom_compile.export.precision import _drop_repeated, _infer_shapes, _router_path, _state_path
 
 PRECISIONS = ("float16", "int8", "int4")
 READERS = ("TopK", "LinearAttention")
@@ -109,6 +110,41 @@ def test_a_state_of_the_model_goes_on(model: MoMForCausalLM, exported: Maker) ->
         state = model(ids[:, :30]).state
     logits, _ = export.load(exported("int8"))(ids[:, 30:], state)
     assert np.linalg.norm(logits - expected.numpy()) < 0.05 * float(expected.norm())
+
+
+def test_shapes_are_inferred_without_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more than 2 GB of them the graph cannot be one message."""
+    from onnx import TensorProto, helper, numpy_helper, shape_inference
+
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("Reshape", ["y", "shape"], ["z"])]
+    x, o = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 16]) for name in "xo")
+    x.type.tensor_type.shape.dim[0].dim_value = 4
+    weights = {"w": np.ones((16, 32), np.float32), "shape": np.array([8, 16])}
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    nodes.append(helper.make_node("Neg", ["z"], ["o"]))
+    proto = helper.make_model(helper.make_graph(nodes, "g", [x], [o], tensors))
+    infer, sizes = shape_inference.infer_shapes, []
+
+    def note(model: Any) -> Any:
+        sizes.append(model.ByteSize())
+        return infer(model)
+
+    monkeypatch.setattr(shape_inference, "infer_shapes", note)
+    _infer_shapes(proto)
+    assert sizes[0] < weights["w"].nbytes < proto.ByteSize()
+    types = {value.name: value.type.tensor_type for value in proto.graph.value_info}
+    found = {name: [axis.dim_value for axis in types[name].shape.dim] for name in "yz"}
+    assert found == {"y": [4, 32], "z": [8, 16]}
+
+
+def test_one_cast_of_a_value() -> None:
+    """onnxruntime's float16 tool up to 1.31 casts a value once for every reader that stays float32."""
+    from onnx import helper
+
+    casts = [helper.make_node("Cast", ["x"], ["x_cast"], to=1, name=f"cast_{index}") for index in range(2)]
+    graph = helper.make_graph([*casts, helper.make_node("Add", ["x_cast", "x_cast"], ["y"])], "g", [], [])
+    _drop_repeated(graph)
+    assert [node.op_type for node in graph.node] == ["Cast", "Add"]
 
 
 def test_a_given_routing(model: MoMForCausalLM, exported: Maker) -> None:
