@@ -117,7 +117,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 def _specialization(x: Any) -> Any:
     """What Triton may compile anew for: dtype and alignment of a pointer, 1, multiples of 16, an integer's width."""
     if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
+        return x.dtype, aligned(x)
     if isinstance(x, int):
         return x == 1, x % 16 == 0, -(1 << 31) <= x < 1 << 31
     return type(x)

@@ -23,14 +23,14 @@ def overwritten_operands(ttgir: str) -> list[str]:
     Args:
         ttgir: ``compiled.asm["ttgir"]``.
 
-    A product is done at a wait with as many or fewer products pending. With N buffers and copies that run d iterations
-    ahead, iteration i copies into buffer (i + d) mod N; products of iterations i - j, j < pending, are under way.
+    Products are done at a wait for all of them. With N buffers and copies that run d iterations ahead, iteration i
+    reads buffer i mod N and copies into buffer (i + d) mod N.
     """
     buffers: dict[str, int] = {}
     views: dict[str, str] = {}
     ahead: dict[str, int] = {}  # copies before the loop
     found: dict[str, None] = {}
-    loops: list[tuple[int, dict[str, int]]] = []  # indentation, and the allocations whose products are under way
+    loops: list[tuple[int, set[str]]] = []  # indentation, and the allocations that products under way read
 
     def allocation(name: str) -> str:
         while name in views:
@@ -46,18 +46,15 @@ def overwritten_operands(ttgir: str) -> list[str]:
         elif match := _VIEW.search(line):
             views[match[1]] = match[2]
         elif "scf.for" in line or "scf.while" in line:
-            loops.append((indent, {}))
+            loops.append((indent, set()))
         elif match := _COPY.search(line):
             target = allocation(match[1])
-            under_way = loops[-1][1].get(target, 0) if loops else 0
-            depth = ahead.get(target, 0)
-            if not under_way:
-                ahead[target] = depth + 1
-            elif any((depth + j) % buffers.get(target, 1) == 0 for j in range(under_way)):
+            if not loops or target not in loops[-1][1]:
+                ahead[target] = ahead.get(target, 0) + 1
+            elif ahead.get(target, 0) % buffers.get(target, 1) == 0:
                 found[f"copies into {target} ({buffers.get(target, 1)} buffers) while a product may read them"] = None
         elif (match := _DOT.search(line)) and loops:
-            for operand in match.groups():
-                loops[-1][1][allocation(operand)] = 1
+            loops[-1][1].update(map(allocation, match.groups()))
         elif (match := _WAIT.search(line)) and loops and int(match[1]) == 0:
             loops[-1][1].clear()
     return list(found)

@@ -88,6 +88,7 @@ def bench_train(options: Options, device: torch.device) -> Table:
         The table of steps.
     """
     config = size(options.size)
+    options = options._replace(graph=options.graph and device.type == "cuda")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     common = {"device": device_name(device), "versions": versions()}
     table = Table(COLUMNS, common, options.out and options.out / "train.csv")
@@ -120,7 +121,6 @@ def _model(
     with device:
         model = MoMForCausalLM(config).to(dtype).train()
     leaves = list(model.parameters())
-    graph = options.graph and device.type == "cuda"
 
     @cache
     def compile_blocks() -> None:
@@ -146,7 +146,7 @@ def _model(
                 step()
 
         measured = None
-        for policy in dict.fromkeys((options.memory, f"block:{len(model.model.layers) // 3}", "block")):
+        for policy in dict.fromkeys((options.memory, f"block:{max(config.num_hidden_layers // 3, 1)}", "block")):
             model.set_memory_policy(policy)
             free(device)  # what a step that did not fit had allocated is held until its error is gone
             try:
@@ -157,7 +157,7 @@ def _model(
                 else:
                     since_start = None
                 repeats = options.repeats if batch * length < LONG else max(options.repeats // 3, 2)
-                measured = _measure(step, leaves, device, repeats, graph)
+                measured = _measure(step, leaves, device, repeats, options.graph)
                 break
             except torch.OutOfMemoryError:
                 model.zero_grad()
@@ -173,7 +173,7 @@ def _model(
             tflop_s=flops / 1e12, of_matmul=flops / ceilings.matmul,
             mfu=flops / ceilings.peak if ceilings.peak else None, peak_gib=peak, first_step_s=warm_up,
             since_start_s=since_start,
-            note=f"{_how('blocks compiled', options, graph)}, memory {policy}",
+            note=f"{_how('blocks compiled', options)}, memory {policy}",
         )  # fmt: skip
     return times
 
@@ -182,11 +182,10 @@ def _layer(table: Table, options: Options, config: MoMConfig, device: torch.devi
     batch, length = options.shapes[0]
     row = {"size": options.size, "level": "layer", "batch": batch, "length": length}
     layers: list[tuple[str, str, Callable[[Tensor], Tensor], bool]] = []
-    graph = options.graph and device.type == "cuda"
     ours = MoMAttention(config).to(device, dtype).train()
     if options.compile:
         ours.compile(fullgraph=True)
-    layers.append((OURS, _how("compiled", options, graph), lambda x: ours(x)[0], graph))
+    layers.append((OURS, _how("compiled", options), lambda x: ours(x)[0], options.graph))
     for peer in load_peers(options.peers, "layer"):
         if getattr(peer, "SLOW", False) and not options.slow_peers:
             print(f"{peer.NAME}'s layer tunes itself for minutes: --slow-peers times it")
@@ -212,8 +211,8 @@ def _layer(table: Table, options: Options, config: MoMConfig, device: torch.devi
         )  # fmt: skip
 
 
-def _how(compiled: str, options: Options, graph: bool) -> str:
-    return (compiled if options.compile else "eager") + ", CUDA graph" * graph
+def _how(compiled: str, options: Options) -> str:
+    return (compiled if options.compile else "eager") + ", CUDA graph" * options.graph
 
 
 def _first(step: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
