@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
 import statistics
 import tempfile
@@ -40,7 +39,7 @@ from mom_compile import MoMConfig, MoMForCausalLM
 from mom_compile.bench.report import Table
 from mom_compile.bench.sizes import size
 from mom_compile.decode import DecodeSession
-from mom_compile.export._onnxruntime import exact_providers, require_onnxruntime
+from mom_compile.export._onnxruntime import exact_providers, fit_linear_attention, require_onnxruntime
 from mom_compile.export.onnx_artifact import _graph, save_graphs
 from mom_compile.export.precision import lower_precision
 
@@ -68,8 +67,6 @@ def main() -> None:
     if args.export:
         _export(config, args.export)
         return
-    # Beyond 16 tokens the provider's other kernel for heads of 256 asks for more shared memory than there is.
-    os.environ.setdefault("ORT_LINEAR_ATTENTION_COL_SEQ_THRESHOLD", "1000000")
     runtime = require_onnxruntime()
     wanted = f"{args.provider.upper()}ExecutionProvider"
     if wanted not in runtime.get_available_providers():
@@ -105,6 +102,7 @@ def _model(config: MoMConfig) -> MoMForCausalLM:
 def _measure(runtime: Any, folder: Path, config: MoMConfig, args: argparse.Namespace) -> None:
     device = torch.device(args.provider)
     gpu = device.type == "cuda"
+    fit_linear_attention(config.head_dim, config.value_dim)
     name = torch.cuda.get_device_name() if gpu else "CPU"
     versions = f"onnxruntime {runtime.__version__}, torch {torch.__version__}"
     layers = config.num_hidden_layers

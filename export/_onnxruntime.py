@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import ModuleType
@@ -11,6 +12,8 @@ from .._extras import require
 
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MIN_ONNXRUNTIME = (1, 24)
+SMALLEST_SHARED_MEMORY = 99 * 1024
+"""Bytes of a thread block on the smallest GPUs, of compute capability 8.6 and 12.0."""
 
 
 def require_onnxruntime() -> ModuleType:
@@ -35,6 +38,16 @@ def require_onnxruntime() -> ModuleType:
             f'run: pip install --upgrade "onnxruntime>={wanted}"'
         )
     return runtime
+
+
+def fit_linear_attention(key_dim: int, value_dim: int) -> None:
+    """Have onnxruntime's CUDA provider take the kernel of LinearAttention that fits a head's state.
+
+    Beyond 16 tokens the other one keeps it in shared memory, which fails where that is more than a GPU has. The setting
+    is the process's, read when a session is made; a value that is already there stays.
+    """
+    if 4 * key_dim * value_dim + 2048 > SMALLEST_SHARED_MEMORY:
+        os.environ.setdefault("ORT_LINEAR_ATTENTION_COL_SEQ_THRESHOLD", "1000000")
 
 
 def exact_providers(providers: Sequence[Any], cuda: Mapping[str, str] | None = None) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._onnxruntime import exact_providers, require_onnxruntime
+from ._onnxruntime import exact_providers, fit_linear_attention, require_onnxruntime
 from .runner import Runner, State, Step
 from .stored_state import array_dtype, ort_value
 
@@ -54,6 +54,8 @@ class OnnxRunner(Runner):
         self._providers = exact_providers(providers or ["CPUExecutionProvider"])
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
         self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
+        if self._device == "cuda":
+            fit_linear_attention(self.config.head_dim, self.config.value_dim)
         self._sessions: dict[str, Any] = {}
         if self._on_gpu and "bfloat16" in self._dtypes.values():
             raise ValueError(

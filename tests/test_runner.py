@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -93,6 +94,7 @@ assert not {"torch", "triton"} & set(sys.modules)
 def test_run_py_needs_only_numpy_and_onnxruntime(small_artifact: tuple[MoMForCausalLM, Path]) -> None:
     model, folder = small_artifact
     code = """
+import os
 import runpy
 sys.argv = ["run.py", "The ", "--max-new-tokens", "12"]
 runpy.run_path(FOLDER + "/run.py", run_name="__main__")
@@ -161,6 +163,21 @@ def test_cuda_computes_float32_products_in_float32() -> None:
     assert exact_providers([cuda, cpu]) == [(cuda, {"use_tf32": "0"}), cpu]
     asked = (cuda, {"use_tf32": "1", "device_id": "1"})
     assert exact_providers([asked], {"enable_cuda_graph": "1"}) == [(cuda, {**asked[1], "enable_cuda_graph": "1"})]
+
+
+def test_cuda_takes_a_kernel_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mom_compile.export._onnxruntime import fit_linear_attention
+
+    name = "ORT_LINEAR_ATTENTION_COL_SEQ_THRESHOLD"
+    monkeypatch.setenv(name, "", prepend=None)
+    monkeypatch.delenv(name)
+    fit_linear_attention(128, 128)
+    assert name not in os.environ
+    fit_linear_attention(256, 256)
+    assert int(os.environ[name]) > 2**16
+    monkeypatch.setenv(name, "7")
+    fit_linear_attention(256, 256)
+    assert os.environ[name] == "7"
 
 
 def test_a_session_with_one_thread(small_artifact: tuple[MoMForCausalLM, Path]) -> None:
