@@ -211,16 +211,6 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def prefetched(memory: Tensor | None) -> tuple[Tensor | None, int]:
-    """What a kernel brings into the cache for those after it, and its bytes; None and 0 where it cannot or need not."""
-    if memory is None or isinstance(memory, FakeTensor) or not memory.is_cuda or not _overlaps(memory.device):
-        return None, 0
-    size = memory.numel() * memory.element_size()
-    if not memory.is_contiguous() or not aligned(memory) or size % 16 or not 0 < size < 1 << 31:
-        return None, 0
-    return memory, size
-
-
 def options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
     """Launch options. Fusing products and sums is said aloud: its default differs between versions of Triton."""
     limit = {} if registers is None else {"maxnreg": registers}
@@ -234,13 +224,12 @@ def pointer(dtype: torch.dtype) -> str:
 def variant(
     label: str, kernel: Any, arguments: Mapping[str, str | None], config: Config, quick: bool = False
 ) -> KernelVariant:
-    """``arguments``: name -> Triton type, None for a pointer that is absent; what is fetched ahead needs sm_90."""
+    """``arguments``: name -> Triton type, None for a pointer that is absent."""
     signature = {name: kind for name, kind in arguments.items() if kind is not None}
     absent = {name: None for name, kind in arguments.items() if kind is None}
     constants = {**absent, **config.all_constants(overlap=False)}
-    every = tuple(x for x in SHARED_MEMORY_KB if x >= 90 or "ahead" not in signature)
     return KernelVariant(
-        label, kernel, signature, constants, config.num_warps, config.num_stages, config.registers, every, quick
+        label, kernel, signature, constants, config.num_warps, config.num_stages, config.registers, quick=quick
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import after_previous, helper, prefetch, product
+from .._triton_kernels import after_previous, helper, product
 
 
 @helper
@@ -80,10 +80,10 @@ def decode_row_kernel(
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def decode_tile_kernel(
-    x, weight, norm_weight, small_weight, y, small, ahead, rows, eps,
+    x, weight, norm_weight, small_weight, y, small, rows, eps,
     F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
     BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
-    PARALLEL: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PARALLEL: tl.constexpr,
 ):  # fmt: skip
     """All rows (at most BR) and a block of outputs on tensor cores, or one row and a block of the small product.
 
@@ -94,13 +94,9 @@ def decode_tile_kernel(
     PARTS: tl.constexpr = (P + BP - 1) // BP
     PIECE: tl.constexpr = BK // PARALLEL
     pid = tl.program_id(0)
-    if ahead is not None:
-        prefetch(ahead, AHEAD)
     # The programs of the small product start first: they would be a tail.
     block = pid - rows * PARTS
     if block >= 0:
-        if PDL:
-            after_previous()
         row, output = tl.arange(0, BR), block * BO + tl.arange(0, BO)
         piece = tl.arange(0, PARALLEL)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
         total = tl.zeros([PARALLEL, BR, BO], tl.float32)
@@ -137,7 +133,7 @@ def decode_tile_kernel(
     else:
         if P > 0:
             own = (pid // PARTS).to(tl.int64)
-            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, PDL)
+            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, False)
 
 
 @triton.jit(do_not_specialize=["eps"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import after_previous, helper, prefetch, softplus
+from .._triton_kernels import after_previous, helper, softplus
 
 
 @helper
@@ -80,12 +80,12 @@ def _activated(x, conv_state, conv_weight, source, channel, mask, WIDTH: tl.cons
     ]
 )  # fmt: skip
 def decode_state_kernel(
-    q, kv, logits, indices, weights, a, b, A_log, dt_bias, conv_weight, state, conv_state, valid, y, ahead,
+    q, kv, logits, indices, weights, a, b, A_log, dt_bias, conv_weight, state, conv_state, valid, y,
     t, tokens, q_stride, kv_stride, logits_stride, a_stride, b_stride, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr,
     SHARED: tl.constexpr, SINGLE: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
     TIMES_DT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVICT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One sequence, choice, value head and block of V: the state is read once and written once.
 
@@ -99,8 +99,6 @@ def decode_state_kernel(
     rank = pid % CHOICES
     sequence = (pid // CHOICES).to(tl.int64)
     token = sequence * tokens + t
-    if ahead is not None:
-        prefetch(ahead, AHEAD)
     if PDL:
         after_previous()
     memory, weight, use = _selection(
