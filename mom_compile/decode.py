@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from .mom_attention import MoMAttention
 
 WARM_UP_STEPS = 2
-AHEAD_BYTES = 12 * 2**20
-"""Of the weights that come next, what one kernel brings into a GPU's cache at most: 50 MB serve three kernels."""
 
 
 class _Layer(NamedTuple):
@@ -209,20 +207,16 @@ class DecodeSession:
     def _run(self) -> Tensor:
         eps = self.config.norm_eps
         x = self._embedding[self._ids]  # faster for few rows than an embedding on a GPU
-        following = [layer.wide for layer in self._layers[1:]] + [self._head]
-        for layer, state, weight in zip(self._layers, self._state, following, strict=True):
-            _block(layer, state, x, eps, self._operators, weight)
+        for layer, state in zip(self._layers, self._state, strict=True):
+            _block(layer, state, x, eps, self._operators)
         return self._operators.linear(x, self._head, norm_weight=self._norm, norm=True, eps=eps)[0]
 
 
-def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float, operators: _Operators, following: Tensor) -> None:
-    """One block's step on x ``[B, D]`` and the state, both in place; ``following`` is the weight read after it.
-
-    Every kernel brings what a later one reads into the cache, as far as memory has time meanwhile.
-    """
+def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float, operators: _Operators) -> None:
+    """One block's step on x ``[B, D]`` and the state, both in place."""
     attention, config = layer.attention, layer.attention.config
     batch, groups = x.shape[0], attention.kv_proj.shape[0]
-    wide, small = operators.linear(x, layer.wide, small_weight=layer.small, norm=True, eps=eps, ahead=layer.o_proj)
+    wide, small = operators.linear(x, layer.wide, small_weight=layer.small, norm=True, eps=eps)
     key_size, value_size = attention.key_size, attention.value_size
     kv_size = groups * (key_size + value_size)
     assert small is not None
@@ -245,17 +239,10 @@ def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float, operators: _
         norm_weight=layer.o_norm,
         gate=wide[:, key_size + kv_size :].unsqueeze(1) if config.use_output_gate else None,
         eps=eps,
-        ahead=_begin(layer.gate_up),
     )
-    operators.linear_(x, o.view(batch, value_size), layer.o_proj, ahead=_begin(layer.down))
-    first = _begin(following)
-    hidden, _ = operators.linear(x, layer.gate_up, norm=True, swiglu=True, eps=eps, ahead=first)
-    operators.linear_(x, hidden, layer.down, ahead=_begin(following[len(first) :]))
-
-
-def _begin(weight: Tensor) -> Tensor:
-    """Its first rows, of at most AHEAD_BYTES."""
-    return weight[: AHEAD_BYTES // (weight.shape[1] * weight.element_size())]
+    operators.linear_(x, o.view(batch, value_size), layer.o_proj)
+    hidden, _ = operators.linear(x, layer.gate_up, norm=True, swiglu=True, eps=eps)
+    operators.linear_(x, hidden, layer.down)
 
 
 def _gather(block: Any) -> _Layer:

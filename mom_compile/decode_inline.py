@@ -19,14 +19,13 @@ def decode_linear(
     norm: bool = False,
     swiglu: bool = False,
     eps: float = 1e-6,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`mom_compile.ops.decode_linear`."""
     y, small = _linear.decode_linear(x, weight, norm_weight, small_weight, norm, swiglu, eps)
     return y, None if small_weight is None else small
 
 
-def decode_linear_(residual: Tensor, x: Tensor, weight: Tensor, *, ahead: Tensor | None = None) -> None:
+def decode_linear_(residual: Tensor, x: Tensor, weight: Tensor) -> None:
     """As :func:`mom_compile.ops.decode_linear_`."""
     _linear.decode_linear(x, weight, None, None, False, False, 0.0, residual)
 

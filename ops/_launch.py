@@ -183,6 +183,12 @@ def shared_memory_kb(device: torch.device) -> int:
     return _device_shared_memory_kb(_architecture or device)
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU to launch for; those of an H200 where there is none."""
+    known = _architecture if isinstance(_architecture, torch.device) else device
+    return _device_processors(known) if known.type == "cuda" and torch.cuda.is_available() else 132
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of the GPU to configure for: that of :func:`instead_of_launches`, or ``device``."""
     if isinstance(_architecture, int):
@@ -206,19 +212,14 @@ def _device_shared_memory_kb(device: torch.device) -> int:
 
 
 @cache
+def _device_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
 def _overlaps(device: torch.device) -> bool:
     """Whether the device knows programmatic dependent launch (CUDA C++ Programming Guide): Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def prefetched(memory: Tensor | None) -> tuple[Tensor | None, int]:
-    """What a kernel brings into the cache for those after it, and its bytes; None and 0 where it cannot or need not."""
-    if memory is None or isinstance(memory, FakeTensor) or not memory.is_cuda or not _overlaps(memory.device):
-        return None, 0
-    size = memory.numel() * memory.element_size()
-    if not memory.is_contiguous() or not aligned(memory) or size % 16 or not 0 < size < 1 << 31:
-        return None, 0
-    return memory, size
 
 
 def options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
@@ -234,13 +235,12 @@ def pointer(dtype: torch.dtype) -> str:
 def variant(
     label: str, kernel: Any, arguments: Mapping[str, str | None], config: Config, quick: bool = False
 ) -> KernelVariant:
-    """``arguments``: name -> Triton type, None for a pointer that is absent; what is fetched ahead needs sm_90."""
+    """``arguments``: name -> Triton type, None for a pointer that is absent."""
     signature = {name: kind for name, kind in arguments.items() if kind is not None}
     absent = {name: None for name, kind in arguments.items() if kind is None}
     constants = {**absent, **config.all_constants(overlap=False)}
-    every = tuple(x for x in SHARED_MEMORY_KB if x >= 90 or "ahead" not in signature)
     return KernelVariant(
-        label, kernel, signature, constants, config.num_warps, config.num_stages, config.registers, every, quick
+        label, kernel, signature, constants, config.num_warps, config.num_stages, config.registers, quick=quick
     )
 
 

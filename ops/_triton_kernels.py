@@ -26,22 +26,6 @@ def after_previous():
 
 
 @helper
-def prefetch(memory, BYTES: tl.constexpr):
-    """Bring this program's share of the BYTES at ``memory`` into the L2 cache: one instruction, nothing waits for it.
-
-    Both are multiples of 16; compute capability 9.0 and later.
-    """
-    share = (BYTES + tl.num_programs(0) - 1) // tl.num_programs(0)
-    share = (share + 127) // 128 * 128
-    begin = tl.program_id(0) * share
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.gt.and.s32 p, $2, 0, p; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [memory.to(tl.int64) + begin, tl.minimum(share, BYTES - begin)], tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@helper
 def product(a, b, total):
     """``total + a b`` for tiles of one dtype; the interpreter multiplies the bits of bfloat16 tiles as integers."""
     if INTERPRETED:

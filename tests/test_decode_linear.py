@@ -49,18 +49,6 @@ def test_against_the_reference(swiglu: bool, norm: str, rows: int, dtype: torch.
             assert torch.equal(inputs[name], value)
 
 
-def test_what_is_fetched_ahead_changes_nothing() -> None:
-    inputs = make(5, 64, 32, torch.bfloat16, "plain", True)
-    for ahead in (inputs["weight"], torch.randn(3, 5)[:, 1:]):
-        for y, expected in zip(decode_linear(**inputs, ahead=ahead), decode_linear(**inputs), strict=True):
-            assert torch.equal(y, expected)  # type: ignore[arg-type]
-        residual = torch.ones(5, 32, dtype=torch.bfloat16)
-        expected = residual.clone()
-        decode_linear_(residual, inputs["x"], inputs["weight"], ahead=ahead)
-        decode_linear_(expected, inputs["x"], inputs["weight"])
-        assert torch.equal(residual, expected)
-
-
 def test_the_small_product_does_not_depend_on_the_batch() -> None:
     inputs = make(40, 64, 32, torch.bfloat16, "plain")
     _, whole = decode_linear(**inputs)

@@ -20,7 +20,6 @@ def decode_linear(
     norm: bool = False,
     swiglu: bool = False,
     eps: float = 1e-6,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``h(f(x) W^T)`` and, from the same f(x), a float32 product with ``small_weight``.
 
@@ -35,7 +34,6 @@ def decode_linear(
         norm: f is RMSNorm, otherwise the identity.
         swiglu: h multiplies the halves of its input, ``SiLU(left) right``; O is then even.
         eps: added to the mean square.
-        ahead: a weight that a later kernel reads; where it pays, it comes into the GPU's cache meanwhile.
 
     Returns:
         ``[N, O]`` (``[N, O / 2]`` with ``swiglu``) in the dtype of x, and ``[N, P]`` in the dtype of ``small_weight``
@@ -46,20 +44,20 @@ def decode_linear(
 
     Source: RMSNorm (arXiv 1910.07467) equation 4; SwiGLU (arXiv 2002.05202).
     """
-    y, small = _decode_linear(x, weight, norm_weight, small_weight, norm, swiglu, eps, ahead)
+    y, small = _decode_linear(x, weight, norm_weight, small_weight, norm, swiglu, eps)
     return y, None if small_weight is None else small
 
 
-def decode_linear_(residual: Tensor, x: Tensor, weight: Tensor, *, ahead: Tensor | None = None) -> None:
+def decode_linear_(residual: Tensor, x: Tensor, weight: Tensor) -> None:
     """``residual += x W^T`` in place.
 
     Args:
         residual: ``[N, O]``, dtype of x, contiguous; no other argument may share its memory.
-        x, weight, ahead: as for :func:`decode_linear`.
+        x, weight: as for :func:`decode_linear`.
 
     Raises:
         ValueError: as :func:`decode_linear`, and for a residual of another shape or dtype, or a strided one.
 
     Source: see :func:`decode_linear`.
     """
-    decode_linear_in_place(residual, x, weight, ahead)
+    decode_linear_in_place(residual, x, weight)

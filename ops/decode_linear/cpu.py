@@ -35,7 +35,6 @@ def decode_linear(
     swiglu: bool,
     eps: float,
     y: Tensor | None = None,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as ``mom::decode_linear``; with ``y`` the product is added to it in place."""
     value = normed(x, norm_weight, eps) if norm else x

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, prefetched, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, fork, join, launch, next_power_of_2, pointer, processors, variant
 from . import cpu
-from .kernels import decode_prepare_kernel, decode_row_kernel, decode_swiglu_kernel, decode_tile_kernel
+from .kernels import (
+    decode_flat_kernel,
+    decode_prepare_kernel,
+    decode_row_kernel,
+    decode_small_kernel,
+    decode_swiglu_kernel,
+    decode_tile_kernel,
+    decode_walk_kernel,
+)
 
 MOST_ROWS = 4
 """Up to it a program takes one row and whole rows of the weight."""
@@ -25,13 +33,23 @@ TILE_PROGRAMS = 60
 PARALLEL = 4
 """Warps of the tile kernel, each with a piece of the features."""
 MEASURED = {
-    (1024, 12288, False): (64, 128, 4),
-    (1024, 1024, False): (8, 256, 5),
+    (1024, 12288, False): (32, 256, 4),
+    (1024, 1024, False): (16, 256, 5),
     (1024, 2048, True): (16, 256, 5),
-    (2048, 1024, False): (8, 256, 8),
-    (1024, 32000, False): (64, 256, 3),
+    (2048, 1024, False): (16, 256, 8),
+    (1024, 32000, False): (32, 256, 4),
 }
-"""(F, outputs, swiglu) -> (BO, BK, stages). Chosen for the bytes that are under way at once, not timed yet."""
+"""(F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6."""
+# Candidates; keys as those of MEASURED.
+SMALL_ROWS = 1  # rows of the small product that a program takes
+SMALL_LAST = False  # whether its programs are behind those of the product
+SMALL_BESIDE = False  # whether it is a launch of its own on another stream
+PREPARED: set[Any] = set()  # normalised rows and small product in a launch before
+TORCH: set[Any] = set()  # the same, and the product is torch's
+WALK: dict[Any, Any] = {}  # key -> (BO, stages, programs of a multiprocessor): all features in registers
+FLAT: dict[Any, Any] = {}  # key -> (BO, BK, stages, programs of a multiprocessor)
+PLAIN = False  # squares without tensor cores
+EARLY: set[Any] = set()  # programmatic dependent launch
 SWIGLU_BLOCK = 1024
 
 
@@ -53,9 +71,7 @@ def _row_config(
     return Config(constants, num_warps=warps, overlap=True)
 
 
-def _tile_config(
-    features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool, ahead: int = 0
-) -> Config:
+def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
     constants = _constants(features, small, norm)
     block = 64
     while block > 8 and cdiv(outputs, block) < TILE_PROGRAMS:
@@ -63,8 +79,25 @@ def _tile_config(
     depth = min(max(next_power_of_2(features), 16 * PARALLEL), 8192 // (block * (1 + swiglu)), 256)
     block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, 4))
     constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
-    constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add, "AHEAD": ahead}
-    return Config(constants, num_warps=PARALLEL, overlap=True)
+    constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
+    constants |= {"ROWS": SMALL_ROWS if small else 1, "LAST": SMALL_LAST and small > 0, "PLAIN": PLAIN and norm}
+    return Config(constants, num_warps=PARALLEL, overlap=(features, outputs, swiglu) in EARLY)
+
+
+def _walk_config(
+    features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool
+) -> tuple[Any, Config, int] | None:
+    """Kernel, configuration and programs of a multiprocessor of a product that walks; None where none does."""
+    key = features, outputs, swiglu
+    if key not in WALK and key not in FLAT:
+        return None
+    constants = {**_constants(features, small, norm), "BR": MOST_TILE_ROWS, "PARALLEL": PARALLEL, "OUT": outputs}
+    constants |= {"SWIGLU": swiglu, "ADD": add, "ROWS": SMALL_ROWS if small else 1, "LAST": SMALL_LAST and small > 0}
+    if key in WALK:
+        constants["BO"], constants["STAGES"], programs = WALK[key]
+        return decode_walk_kernel, Config(constants, num_warps=PARALLEL), programs
+    constants["BO"], constants["BK"], constants["STAGES"], programs = FLAT[key]
+    return decode_flat_kernel, Config(constants, num_warps=PARALLEL), programs
 
 
 def decode_linear(
@@ -76,7 +109,6 @@ def decode_linear(
     swiglu: bool,
     eps: float,
     y: Tensor | None = None,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as ``mom::decode_linear``; with ``y`` the product is added to it in place."""
     rows, features = x.shape
@@ -96,17 +128,36 @@ def decode_linear(
         return y, small
     # Squares of float16 may overflow; float32 would need tensor cores in several passes.
     tiles = rows <= MOST_TILE_ROWS and x.dtype == torch.bfloat16
-    if norm_weight is not None or not tiles and (norm or small_weight is not None):
+    key = features, outputs, swiglu
+    before = key in TORCH or key in PREPARED and norm
+    tiles = tiles and key not in TORCH
+    if norm_weight is not None or (not tiles or before) and (norm or small_weight is not None):
         x, small = prepare(x, norm_weight, small_weight, norm, eps)
         norm, small_weight, small_outputs = False, None, 0
     else:
         small = _small_outputs(x, small_weight)
     if tiles:
-        ahead, size = prefetched(ahead)
-        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add, size)
         y = x.new_empty(rows, outputs) if y is None else y
-        programs = cdiv(outputs, config.constants["BO"]) + rows * cdiv(small_outputs, config.constants["BP"])
-        launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, ahead, rows, eps)
+        stream = None
+        if SMALL_BESIDE and small_weight is not None:
+            stream = fork(x.device)
+            with torch.cuda.stream(stream):
+                config = Config({**_constants(features, small_outputs, norm), "ROWS": SMALL_ROWS})
+                programs = cdiv(rows, SMALL_ROWS) * cdiv(small_outputs, config.constants["BP"])
+                launch(decode_small_kernel, (programs,), config, x, None, small_weight, small, rows, eps)
+            small_weight, small_outputs = None, 0
+        parts = cdiv(small_outputs, _constants(features, small_outputs, norm)["BP"])
+        walk = _walk_config(features, outputs, small_outputs, norm, swiglu, add)
+        if walk is not None:
+            kernel, config, programs = walk
+            smalls = cdiv(rows, SMALL_ROWS) * parts
+            walkers = min(cdiv(outputs, config.constants["BO"]), programs * processors(x.device))
+            launch(kernel, (walkers + smalls,), config, x, weight, None, small_weight, y, small, rows, smalls, eps)
+        else:
+            config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
+            programs = cdiv(outputs, config.constants["BO"]) + cdiv(rows, SMALL_ROWS) * parts
+            launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
+        join(stream)
         return y, small
     y = cpu.product(x, weight, y, False)
     return combine_halves(y) if swiglu else y, small
@@ -147,7 +198,6 @@ def _arguments(kernel: Any, dtype: torch.dtype, norm: bool, small: bool) -> dict
         "norm_weight": kind if norm else None,
         "small_weight": "*fp32" if small else None,
         "small": "*fp32" if small else kind,
-        "ahead": None,
         "rows": "i32",
         "total": "i32",
         "eps": "fp32",
@@ -176,9 +226,6 @@ def variants() -> Iterator[KernelVariant]:
                     arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
                     config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
                     yield variant(label, decode_tile_kernel, arguments, config, quick)
-                    arguments["ahead"] = pointer(dtype)
-                    config = _tile_config(width, outputs, small, norm and not weight, swiglu, add, 1 << 20)
-                    yield variant(f"{label} ahead", decode_tile_kernel, arguments, config, quick and swiglu)
                 if norm:
                     config = Config(_constants(width, small, norm))
                     arguments = _arguments(decode_prepare_kernel, dtype, weight, small > 0)

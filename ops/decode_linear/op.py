@@ -23,7 +23,6 @@ def _check(
     norm: bool = False,
     swiglu: bool = False,
     eps: float = 1e-6,
-    ahead: Tensor | None = None,
 ) -> None:
     check_rank("weight", weight, "[O, F]")
     features = weight.shape[1]
@@ -53,7 +52,6 @@ def _fake(
     norm: bool,
     swiglu: bool,
     eps: float,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, norm_weight, small_weight, norm, swiglu, eps)
     return (
@@ -64,10 +62,10 @@ def _fake(
 
 def _functional(run: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     _check(*args)
-    return run(*args[:7], ahead=args[7] if len(args) > 7 else None)
+    return run(*args)
 
 
-def _check_in_place(residual: Tensor, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> None:
+def _check_in_place(residual: Tensor, x: Tensor, weight: Tensor) -> None:
     _check(x, weight)
     check_shape("residual", residual, (x.shape[0], weight.shape[0]), "[N, O]")
     check_dtype("residual", residual, (x.dtype,))
@@ -76,22 +74,22 @@ def _check_in_place(residual: Tensor, x: Tensor, weight: Tensor, ahead: Tensor |
         raise ValueError("residual must be contiguous to be updated in place, got a strided one; call .contiguous()")
 
 
-def _in_place(run: Any, residual: Tensor, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> None:
+def _in_place(run: Any, residual: Tensor, x: Tensor, weight: Tensor) -> None:
     _check_in_place(residual, x, weight)
-    run(x, weight, None, None, False, False, 0.0, residual, ahead)
+    run(x, weight, None, None, False, False, 0.0, residual)
 
 
 decode_linear = register_op(
     "decode_linear",
-    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? small_weight, bool norm, bool swiglu, float eps, "
-    "Tensor? ahead=None) -> (Tensor y, Tensor small)",
+    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? small_weight, bool norm, bool swiglu, float eps) -> "
+    "(Tensor y, Tensor small)",
     fake=_fake,
     cpu=lambda *args: _functional(cpu.decode_linear, args),
     triton=lambda *args: _functional(launch.decode_linear, args),
 )
 decode_linear_in_place = register_op(
     "decode_linear_",
-    "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? ahead=None) -> ()",
+    "(Tensor(a!) residual, Tensor x, Tensor weight) -> ()",
     mutates_args=("residual",),
     fake=_check_in_place,
     cpu=lambda *args: _in_place(cpu.decode_linear, *args),

@@ -105,7 +105,6 @@ def decode_step_(
     norm_weight: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """:func:`decode_step` with the selected memories of ``recurrent_state`` and ``conv_state`` advanced in place.
 
@@ -113,7 +112,6 @@ def decode_step_(
         q, kv, router_logits, router_indices, router_weights, a, b, A_log, dt_bias, conv_weight, valid, rule, topk, \
 shared, scale, norm_weight, gate, eps: as for :func:`decode_step`.
         recurrent_state, conv_state: as for :func:`decode_step`; contiguous, overwritten.
-        ahead: a weight that a later kernel reads; where it pays, it comes into the GPU's cache meanwhile.
 
     Returns:
         ``o`` ``[B, T, HV, V]`` in the dtype of q.
@@ -126,7 +124,7 @@ shared, scale, norm_weight, gate, eps: as for :func:`decode_step`.
     """
     return decode_step_in_place(
         q, kv, router_logits, router_indices, router_weights, a, b, A_log, dt_bias, conv_weight, recurrent_state,
-        conv_state, valid, rule, topk, shared, _scale(scale, recurrent_state), norm_weight, gate, eps, ahead,
+        conv_state, valid, rule, topk, shared, _scale(scale, recurrent_state), norm_weight, gate, eps,
     )  # fmt: skip
 
 

@@ -31,7 +31,6 @@ def decode_step(
     norm_weight: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Arguments as ``mom::decode_step_``; o ``[B, T, HV, V]``."""
     batch, tokens, key_size = q.shape

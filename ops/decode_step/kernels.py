@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import after_previous, helper, prefetch, softplus
+from .._triton_kernels import after_previous, helper, softplus
 
 
 @helper
@@ -80,12 +80,12 @@ def _activated(x, conv_state, conv_weight, source, channel, mask, WIDTH: tl.cons
     ]
 )  # fmt: skip
 def decode_state_kernel(
-    q, kv, logits, indices, weights, a, b, A_log, dt_bias, conv_weight, state, conv_state, valid, y, ahead,
+    q, kv, logits, indices, weights, a, b, A_log, dt_bias, conv_weight, state, conv_state, valid, y,
     t, tokens, q_stride, kv_stride, logits_stride, a_stride, b_stride, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr,
     SHARED: tl.constexpr, SINGLE: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
     TIMES_DT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVICT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One sequence, choice, value head and block of V: the state is read once and written once.
 
@@ -99,8 +99,6 @@ def decode_state_kernel(
     rank = pid % CHOICES
     sequence = (pid // CHOICES).to(tl.int64)
     token = sequence * tokens + t
-    if ahead is not None:
-        prefetch(ahead, AHEAD)
     if PDL:
         after_previous()
     memory, weight, use = _selection(
@@ -149,6 +147,106 @@ def decode_state_kernel(
     s += k_row[:, None] * update[None, :]
     tl.store(pointers, s.to(state.dtype.element_ty), mask=mask, eviction_policy=EVICT)
     tl.store(result, weight * out, mask=value < V)
+
+
+@helper
+def _advanced(s, q_row, k_row, product, update, decay, rate, GATE: tl.constexpr, DELTA: tl.constexpr):
+    """The state after the token, and what it gives for the query."""
+    if GATE > 0:
+        s *= decay
+    out = tl.sum(s * q_row[:, None], 0)
+    if DELTA:
+        update = rate * (update - tl.sum(s * k_row[:, None], 0))
+    out += update * product
+    s += k_row[:, None] * update[None, :]
+    return s, out
+
+
+@triton.jit(
+    do_not_specialize=[
+        "t", "tokens", "q_stride", "kv_stride", "logits_stride", "a_stride", "b_stride", "scale",
+    ]
+)  # fmt: skip
+def decode_state_walk_kernel(
+    q, kv, logits, indices, weights, a, b, A_log, dt_bias, conv_weight, state, conv_state, valid, y,
+    t, tokens, q_stride, kv_stride, logits_stride, a_stride, b_stride, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr,
+    SHARED: tl.constexpr, SINGLE: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
+    TIMES_DT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVICT: tl.constexpr, TURNS: tl.constexpr, STAGES: tl.constexpr, PEEL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As decode_state_kernel; a program walks over TURNS blocks of V, whose states arrive while it works on others.
+
+    GATE: 0 none, 1 constant per head, 2 from ``a``. ``y`` ``[B, k', HV, V]`` takes the weighted read.
+    """
+    CHOICES: tl.constexpr = TOPK + SHARED
+    BLOCKS: tl.constexpr = (V + BV * TURNS - 1) // (BV * TURNS)
+    pid = tl.program_id(0)
+    block, pid = pid % BLOCKS, pid // BLOCKS
+    head, pid = pid % HV, pid // HV
+    rank = pid % CHOICES
+    sequence = (pid // CHOICES).to(tl.int64)
+    token = sequence * tokens + t
+    if PDL:
+        after_previous()
+    memory, weight, use = _selection(
+        logits, indices, weights, valid, token, logits_stride, rank, M, TOPK, BLOCK_M, BLOCK_K
+    )
+    key, wide = tl.arange(0, BK), block * BV * TURNS + tl.arange(0, BV * TURNS)
+    value = block * BV * TURNS + tl.arange(0, BV)
+    result = y + ((sequence * CHOICES + rank) * HV + head) * V
+    if use == 0:
+        tl.store(result + wide, tl.full([BV * TURNS], 0.0, tl.float32), mask=wide < V)
+        return
+    entry = sequence * (M + SHARED) + memory
+    pointers = state + (entry * HV + head) * (K * V) + key[:, None] * V
+    if PEEL:
+        mask = (key < K)[:, None] & (value < V)[None, :]
+        first = tl.load(pointers + value[None, :], mask=mask, other=0.0, eviction_policy=EVICT)
+
+    CHANNELS: tl.constexpr = 2 * H * K + HV * V
+    group = memory * (1 - SINGLE)
+    kv_row = kv + token * kv_stride + group * (H * K + HV * V)
+    window = conv_state
+    if WIDTH > 0:
+        window = conv_state + entry * (CHANNELS * (WIDTH - 1))
+    q_channel = head // (HV // H) * K + key
+    q_row = _activated(q + token * q_stride, window, conv_weight, q_channel, q_channel, key < K, WIDTH)
+    k_row = _activated(kv_row, window, conv_weight, q_channel, H * K + q_channel, key < K, WIDTH)
+    q_row *= scale / tl.sqrt(tl.sum(q_row * q_row, 0) + 1e-6)
+    k_row *= 1.0 / tl.sqrt(tl.sum(k_row * k_row, 0) + 1e-6)
+
+    product = tl.sum(k_row * q_row, 0)
+    decay = tl.full([], 1.0, tl.float32)
+    times = tl.full([], 1.0, tl.float32)
+    if GATE == 1:
+        decay = 1.0 - tl.exp2(-5.0 - head)
+    if GATE == 2:
+        dt = tl.load(a + token * a_stride + group * HV + head).to(tl.float32)
+        dt = softplus(dt + tl.load(dt_bias + head).to(tl.float32))
+        decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
+        if TIMES_DT:
+            times = dt
+    if DELTA:
+        rate = tl.sigmoid(tl.load(b + token * b_stride + group * HV + head).to(tl.float32))
+    else:
+        rate = tl.full([], 1.0, tl.float32)
+    for turn in tl.range(PEEL, TURNS, num_stages=STAGES):
+        now = value + turn * BV
+        mask = (key < K)[:, None] & (now < V)[None, :]
+        s = tl.load(pointers + now[None, :], mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        channel = head * V + now
+        update = _activated(kv_row, window, conv_weight, H * K + channel, 2 * H * K + channel, now < V, WIDTH)
+        s, out = _advanced(s, q_row, k_row, product, update * times, decay, rate, GATE, DELTA)
+        tl.store(pointers + now[None, :], s.to(state.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+        tl.store(result + now, weight * out, mask=now < V)
+    if PEEL:
+        mask = (key < K)[:, None] & (value < V)[None, :]
+        channel = head * V + value
+        update = _activated(kv_row, window, conv_weight, H * K + channel, 2 * H * K + channel, value < V, WIDTH)
+        s, out = _advanced(first.to(tl.float32), q_row, k_row, product, update * times, decay, rate, GATE, DELTA)
+        tl.store(pointers + value[None, :], s.to(state.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+        tl.store(result + value, weight * out, mask=value < V)
 
 
 @triton.jit(do_not_specialize=["t", "tokens", "q_stride", "kv_stride", "logits_stride", "gate_stride", "eps"])

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, prefetched, variant
-from ..decode_linear.launch import MOST_ROWS, MOST_TILE_ROWS
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from ..memory_rule.rules import RULES
-from .kernels import decode_combine_kernel, decode_state_kernel
+from .kernels import decode_combine_kernel, decode_state_kernel, decode_state_walk_kernel
 
 FEW_STATES, NARROW_BLOCK, WIDE_BLOCK = 64, 16, 64
 """Up to so many states of one head take narrow tiles, to keep every multiprocessor busy, and kernels that overlap;
 more take wide ones and kernels one after the other, which was measured to be as fast."""
+STATE_WALK: tuple[int, int, int, int, int, int | None] | None = None
+"""Candidate, many states: BV, blocks of a program, stages, warps, first block in registers, most registers."""
+STATE_WARPS, STATE_REGISTERS = 4, None
 COMBINED = 512
 """Values that one program of the second kernel sums, where a head is not larger."""
 
@@ -52,7 +54,7 @@ def _routing_constants(sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-def _state_config(sizes: _Sizes, states: int, ahead: int = 0) -> Config:
+def _state_config(sizes: _Sizes, states: int) -> Config:
     rule = RULES[sizes.rule]
     few = isinstance(states, int) and states <= FEW_STATES  # a symbol may be large
     block = NARROW_BLOCK if few else WIDE_BLOCK
@@ -65,8 +67,12 @@ def _state_config(sizes: _Sizes, states: int, ahead: int = 0) -> Config:
         "BK": next_power_of_2(max(sizes.K, 16)),
         "BV": min(next_power_of_2(max(sizes.V, 16)), block),
         "EVICT": "evict_first",  # a state is not read again before the next token
-        "AHEAD": ahead,
     }
+    if STATE_WALK is not None and not few:
+        constants["BV"], constants["TURNS"], constants["STAGES"], warps, constants["PEEL"], registers = STATE_WALK
+        return Config(constants, num_warps=warps, overlap=False, registers=registers)
+    if not few:
+        return Config(constants, num_warps=STATE_WARPS, overlap=False, registers=STATE_REGISTERS)
     return Config(constants, num_warps=4, overlap=states <= FEW_STATES)
 
 
@@ -102,7 +108,6 @@ def decode_step(
     norm_weight: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Arguments as ``mom::decode_step_``; o ``[B, T, HV, V]``. Tokens follow one another in pairs of launches."""
     batch, tokens, key_size = q.shape
@@ -123,18 +128,17 @@ def decode_step(
     o = q.new_empty(batch, tokens, value_heads, value_dim)
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
-    # Fewer rows bring their weights while they wait, more give them to a product that is not ours.
-    ahead, size = prefetched(ahead if MOST_ROWS < batch <= MOST_TILE_ROWS else None)
-    state_config, combine_config = _state_config(sizes, states, size), _combine_config(sizes, states)
-    state_grid = (states * cdiv(value_dim, state_config.constants["BV"]),)
+    state_config, combine_config = _state_config(sizes, states), _combine_config(sizes, states)
+    state_kernel = decode_state_walk_kernel if "TURNS" in state_config.constants else decode_state_kernel
+    state_grid = (states * cdiv(value_dim, state_config.constants["BV"] * state_config.constants.get("TURNS", 1)),)
     programs = cdiv(value_heads, combine_config.constants["BH"])
     if width:
         programs += sizes.choices * cdiv(2 * key_size + value_heads * value_dim, combine_config.constants["MOVED"])
     for t in range(tokens):
         launch(
-            decode_state_kernel, state_grid, state_config, q_rows, kv_rows, logits, indices, weights, a_rows, b_rows,
-            A_log, dt_bias, conv_weight, recurrent_state, conv_state, valid, y, ahead, t, tokens, q_stride,
-            kv_stride, logits_stride, a_stride, b_stride, scale,
+            state_kernel, state_grid, state_config, q_rows, kv_rows, logits, indices, weights, a_rows, b_rows,
+            A_log, dt_bias, conv_weight, recurrent_state, conv_state, valid, y, t, tokens, q_stride, kv_stride,
+            logits_stride, a_stride, b_stride, scale,
         )  # fmt: skip
         launch(
             decode_combine_kernel, (batch * programs,), combine_config, q_rows, kv_rows, logits, indices, weights,
@@ -179,7 +183,6 @@ def _arguments(sizes: _Sizes, dtype: torch.dtype, state: torch.dtype, routing: s
         "conv_state": kind if conv else None,
         "valid": None,
         "y": "*fp32",
-        "ahead": None,
         "norm_weight": kind if conv else None,
         "gate": kind if conv else None,
         "o": kind,
@@ -202,7 +205,6 @@ def variants() -> Iterator[KernelVariant]:
                     yield _state_variant(sizes, dtype, torch.float32, "own", states, quick)
             sizes = _Sizes(2, 4, key, value, 4, 2, True, False, 4, "gated_delta")
             yield _state_variant(sizes, dtype, torch.bfloat16, "own", 1024, False)
-            yield _state_variant(sizes, dtype, torch.float32, "own", 1024, key == 256, 1 << 20)
             yield _combine_variant(sizes, dtype, "own", key == 64)
         for routing in ("own", "given", "custom"):
             sizes = _Sizes(4, 4, 64, 64, 8, 3, False, True, 0, "delta")
@@ -215,15 +217,11 @@ def _named(kernel: Any, arguments: dict[str, str | None]) -> dict[str, str | Non
 
 
 def _state_variant(
-    sizes: _Sizes, dtype: torch.dtype, state: torch.dtype, routing: str, states: int, quick: bool, ahead: int = 0
+    sizes: _Sizes, dtype: torch.dtype, state: torch.dtype, routing: str, states: int, quick: bool
 ) -> KernelVariant:
-    config = _state_config(sizes, states, ahead)
-    label = (
-        f"K={sizes.K} V={sizes.V} BV={config.constants['BV']} {dtype} state {state} {sizes.rule} {routing}"
-        + " ahead" * (ahead > 0)
-    )
+    config = _state_config(sizes, states)
+    label = f"K={sizes.K} V={sizes.V} BV={config.constants['BV']} {dtype} state {state} {sizes.rule} {routing}"
     arguments = _named(decode_state_kernel, _arguments(sizes, dtype, state, routing))
-    arguments["ahead"] = pointer(dtype) if ahead else None
     return variant(label, decode_state_kernel, arguments, config, quick)
 
 

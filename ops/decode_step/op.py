@@ -42,7 +42,6 @@ class Arguments(NamedTuple):
     norm_weight: Tensor | None = None
     gate: Tensor | None = None
     eps: float = 1e-6
-    ahead: Tensor | None = None
 
 
 def _check(args: Arguments) -> None:
@@ -191,7 +190,7 @@ decode_step_functional = register_op(
 )
 decode_step_in_place = register_op(
     "decode_step_",
-    f"({_INPUTS}, Tensor(a!) recurrent_state, Tensor(b!)? conv_state, {_OPTIONS}, Tensor? ahead=None) -> Tensor",
+    f"({_INPUTS}, Tensor(a!) recurrent_state, Tensor(b!)? conv_state, {_OPTIONS}) -> Tensor",
     mutates_args=("recurrent_state", "conv_state"),
     fake=_fake_in_place,
     cpu=lambda *args: _in_place(cpu.decode_step, args),
