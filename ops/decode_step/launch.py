@@ -129,14 +129,13 @@ def decode_step(
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
     state_config, combine_config = _state_config(sizes, states), _combine_config(sizes, states)
-    state_kernel = decode_state_walk_kernel if "TURNS" in state_config.constants else decode_state_kernel
     state_grid = (states * cdiv(value_dim, state_config.constants["BV"] * state_config.constants.get("TURNS", 1)),)
     programs = cdiv(value_heads, combine_config.constants["BH"])
     if width:
         programs += sizes.choices * cdiv(2 * key_size + value_heads * value_dim, combine_config.constants["MOVED"])
     for t in range(tokens):
         launch(
-            state_kernel, state_grid, state_config, q_rows, kv_rows, logits, indices, weights, a_rows, b_rows,
+            decode_state_walk_kernel if "TURNS" in state_config.constants else decode_state_kernel, state_grid, state_config, q_rows, kv_rows, logits, indices, weights, a_rows, b_rows,
             A_log, dt_bias, conv_weight, recurrent_state, conv_state, valid, y, t, tokens, q_stride, kv_stride,
             logits_stride, a_stride, b_stride, scale,
         )  # fmt: skip
