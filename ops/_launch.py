@@ -183,12 +183,6 @@ def shared_memory_kb(device: torch.device) -> int:
     return _device_shared_memory_kb(_architecture or device)
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU to launch for; those of an H200 where there is none."""
-    known = _architecture if isinstance(_architecture, torch.device) else device
-    return _device_processors(known) if known.type == "cuda" and torch.cuda.is_available() else 132
-
-
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of the GPU to configure for: that of :func:`instead_of_launches`, or ``device``."""
     if isinstance(_architecture, int):
@@ -209,11 +203,6 @@ def _device_shared_memory_kb(device: torch.device) -> int:
         return min(SHARED_MEMORY_KB.values())
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin // 1024
-
-
-@cache
-def _device_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -38,34 +38,6 @@ def _small_product(
     tl.store(small + row * P + output, tl.sum(tile * value[None, :], 1), mask=output < P)
 
 
-@helper
-def _small_product_rows(
-    x, norm_weight, small_weight, small, group, block, rows, eps,
-    F: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows and a block of the small product, whose weights are read once; each row as _small_product has it."""
-    output = block * BP + tl.arange(0, BP)
-    feature = tl.arange(0, BF)
-    mask = (output < P)[:, None] & (feature < F)[None, :]
-    tile = tl.load(small_weight + output[:, None] * F + feature[None, :], mask=mask, other=0.0)
-    for row in tl.range(group * ROWS, tl.minimum(group * ROWS + ROWS, rows), num_stages=ROWS if ROWS < 4 else 4):
-        value = _whole_row(x, norm_weight, row, eps, F, BF, NORM)
-        tl.store(small + row * P + output, tl.sum(tile * value[None, :], 1), mask=output < P)
-
-
-@triton.jit(do_not_specialize=["rows", "eps"])
-def decode_small_kernel(
-    x, norm_weight, small_weight, small, rows, eps,
-    F: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The small product alone: ROWS rows and a block of it."""
-    PARTS: tl.constexpr = (P + BP - 1) // BP
-    pid = tl.program_id(0)
-    _small_product_rows(
-        x, norm_weight, small_weight, small, pid // PARTS, pid % PARTS, rows, eps, F, P, NORM, BF, BP, ROWS
-    )
-
-
 @triton.jit(do_not_specialize=["eps"])
 def decode_row_kernel(
     x, weight, norm_weight, small_weight, y, small, eps,
@@ -111,9 +83,9 @@ def decode_tile_kernel(
     x, weight, norm_weight, small_weight, y, small, rows, eps,
     F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
     BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
-    PARALLEL: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    PARALLEL: tl.constexpr,
 ):  # fmt: skip
-    """All rows (at most BR) and a block of outputs on tensor cores, or ROWS rows and a block of the small product.
+    """All rows (at most BR) and a block of outputs on tensor cores, or one row and a block of the small product.
 
     The BK features of a turn are PARALLEL products, one of each warp: one after the other, they would take longer than
     their weights do to arrive. The norm has no weight here: its factor of a row stands behind the product, and the sums
@@ -121,28 +93,16 @@ def decode_tile_kernel(
     """
     PARTS: tl.constexpr = (P + BP - 1) // BP
     PIECE: tl.constexpr = BK // PARALLEL
-    BLOCKS: tl.constexpr = (OUT + BO - 1) // BO
     pid = tl.program_id(0)
-    # The programs of the small product start first, or (LAST) last.
-    smalls = (rows + ROWS - 1) // ROWS * PARTS
-    block = pid if LAST else pid - smalls
-    own = pid - BLOCKS if LAST else pid
-    if (block < BLOCKS) & (block >= 0):
+    # The programs of the small product start first: they would be a tail.
+    block = pid - rows * PARTS
+    if block >= 0:
         row, output = tl.arange(0, BR), block * BO + tl.arange(0, BO)
         piece = tl.arange(0, PARALLEL)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
         total = tl.zeros([PARALLEL, BR, BO], tl.float32)
         right = tl.zeros([PARALLEL, BR, BO], tl.float32)
-        squares = tl.zeros([PARALLEL, BR, PIECE if PLAIN else BR], tl.float32)
-        if PDL:
-            # The weights of the first turn are on their way while the rows are still being computed.
-            feature = piece[:, :, None]
-            mask = (output < OUT)[None, None, :] & (feature < F)
-            source = weight + output.to(tl.int64)[None, None, :] * F + feature
-            first = tl.load(source, mask=mask, other=0.0)
-            if SWIGLU:
-                second = tl.load(source + OUT * F, mask=mask, other=0.0)
-            after_previous()
-        for begin in tl.range(BK if PDL else 0, F, BK, num_stages=STAGES):
+        squares = tl.zeros([PARALLEL, BR, BR], tl.float32)
+        for begin in tl.range(0, F, BK, num_stages=STAGES):
             feature = (begin + piece)[:, None, :]
             mask = (row < rows)[None, :, None] & (feature < F)
             value = tl.load(x + row[None, :, None] * F + feature, mask=mask, other=0.0)
@@ -153,31 +113,12 @@ def decode_tile_kernel(
             if SWIGLU:
                 right = product(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
             if NORM:
-                if PLAIN:
-                    squares += value.to(tl.float32) * value.to(tl.float32)
-                else:
-                    squares = product(value, tl.permute(value, (0, 2, 1)), squares)
-        if PDL:
-            feature = piece[:, None, :]
-            value = tl.load(
-                x + row[None, :, None] * F + feature, mask=(row < rows)[None, :, None] & (feature < F), other=0.0
-            )
-            total = product(value, first, total)
-            if SWIGLU:
-                right = product(value, second, right)
-            if NORM:
-                if PLAIN:
-                    squares += value.to(tl.float32) * value.to(tl.float32)
-                else:
-                    squares = product(value, tl.permute(value, (0, 2, 1)), squares)
+                squares = product(value, tl.permute(value, (0, 2, 1)), squares)
         total = tl.sum(total, 0)
         if SWIGLU:
             right = tl.sum(right, 0)
         if NORM:
-            if PLAIN:
-                square = tl.sum(tl.sum(squares, 2), 0)
-            else:
-                square = tl.sum(tl.where(row[:, None] == row[None, :], tl.sum(squares, 0), 0.0), 1)
+            square = tl.sum(tl.where(row[:, None] == row[None, :], tl.sum(squares, 0), 0.0), 1)
             factor = 1.0 / tl.sqrt(square / F + eps)
             total *= factor[:, None]
             if SWIGLU:
@@ -191,134 +132,8 @@ def decode_tile_kernel(
         tl.store(y + target, total.to(y.dtype.element_ty), mask=mask)
     else:
         if P > 0:
-            if ROWS == 1:
-                single = (own // PARTS).to(tl.int64)
-                _small_product(x, norm_weight, small_weight, small, single, own % PARTS, eps, F, P, NORM, BF, BP, PDL)
-            else:
-                if PDL:
-                    after_previous()
-                _small_product_rows(
-                    x, norm_weight, small_weight, small, own // PARTS, own % PARTS, rows, eps, F, P, NORM, BF, BP, ROWS
-                )
-
-
-@triton.jit(do_not_specialize=["rows", "smalls", "eps"])
-def decode_walk_kernel(
-    x, weight, norm_weight, small_weight, y, small, rows, smalls, eps,
-    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
-    BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
-    PARALLEL: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """All rows in registers; a program walks over blocks of outputs, whose weights arrive while it multiplies others.
-
-    ``smalls`` programs, the first or (LAST) the last, make the small product.
-    """
-    PARTS: tl.constexpr = (P + BP - 1) // BP
-    PIECE: tl.constexpr = BF // PARALLEL
-    BLOCKS: tl.constexpr = (OUT + BO - 1) // BO
-    pid = tl.program_id(0)
-    walkers = tl.num_programs(0) - smalls
-    start = pid if LAST else pid - smalls
-    own = pid - walkers if LAST else pid
-    if (start >= 0) & (start < walkers):
-        row = tl.arange(0, BR)
-        piece = tl.arange(0, PARALLEL)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-        feature = piece[:, None, :]
-        value = tl.load(
-            x + row[None, :, None] * F + feature, mask=(row < rows)[None, :, None] & (feature < F), other=0.0
-        )
-        if NORM:
-            square = tl.sum(tl.sum(value.to(tl.float32) * value.to(tl.float32), 2), 0)
-            factor = 1.0 / tl.sqrt(square / F + eps)
-        feature = piece[:, :, None]
-        for block in tl.range(start, BLOCKS, walkers, num_stages=STAGES):
-            output = block * BO + tl.arange(0, BO)
-            mask = (output < OUT)[None, None, :] & (feature < F)
-            source = weight + output.to(tl.int64)[None, None, :] * F + feature
-            total = tl.zeros([PARALLEL, BR, BO], tl.float32)
-            total = tl.sum(product(value, tl.load(source, mask=mask, other=0.0), total), 0)
-            if NORM:
-                total *= factor[:, None]
-            if SWIGLU:
-                right = tl.zeros([PARALLEL, BR, BO], tl.float32)
-                right = tl.sum(product(value, tl.load(source + OUT * F, mask=mask, other=0.0), right), 0)
-                if NORM:
-                    right *= factor[:, None]
-                total = total * tl.sigmoid(total) * right
-            target = row[:, None] * OUT + output[None, :]
-            mask = (row < rows)[:, None] & (output < OUT)[None, :]
-            if ADD:
-                total += tl.load(y + target, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y + target, total.to(y.dtype.element_ty), mask=mask)
-    else:
-        if P > 0:
-            _small_product_rows(
-                x, norm_weight, small_weight, small, own // PARTS, own % PARTS, rows, eps, F, P, NORM, BF, BP, ROWS
-            )
-
-
-@triton.jit(do_not_specialize=["rows", "smalls", "eps"])
-def decode_flat_kernel(
-    x, weight, norm_weight, small_weight, y, small, rows, smalls, eps,
-    F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
-    BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
-    PARALLEL: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """As decode_walk_kernel, but that the rows come with each turn, of BK features: one loop over blocks and turns."""
-    PARTS: tl.constexpr = (P + BP - 1) // BP
-    PIECE: tl.constexpr = BK // PARALLEL
-    BLOCKS: tl.constexpr = (OUT + BO - 1) // BO
-    TURNS: tl.constexpr = (F + BK - 1) // BK
-    pid = tl.program_id(0)
-    walkers = tl.num_programs(0) - smalls
-    start = pid if LAST else pid - smalls
-    own = pid - walkers if LAST else pid
-    if (start >= 0) & (start < walkers):
-        row = tl.arange(0, BR)
-        piece = tl.arange(0, PARALLEL)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-        total = tl.zeros([PARALLEL, BR, BO], tl.float32)
-        right = tl.zeros([PARALLEL, BR, BO], tl.float32)
-        squares = tl.zeros([PARALLEL, BR, BR], tl.float32)
-        blocks = (BLOCKS - start + walkers - 1) // walkers
-        for i in tl.range(0, blocks * TURNS, num_stages=STAGES):
-            block = start + i // TURNS * walkers
-            begin = i % TURNS * BK
-            output = block * BO + tl.arange(0, BO)
-            feature = (begin + piece)[:, None, :]
-            mask = (row < rows)[None, :, None] & (feature < F)
-            value = tl.load(x + row[None, :, None] * F + feature, mask=mask, other=0.0)
-            feature = (begin + piece)[:, :, None]
-            mask = (output < OUT)[None, None, :] & (feature < F)
-            source = weight + output.to(tl.int64)[None, None, :] * F + feature
-            total = product(value, tl.load(source, mask=mask, other=0.0), total)
-            if SWIGLU:
-                right = product(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
-            if NORM:
-                squares = product(value, tl.permute(value, (0, 2, 1)), squares)
-            if i % TURNS == TURNS - 1:
-                result = tl.sum(total, 0)
-                if NORM:
-                    square = tl.sum(tl.where(row[:, None] == row[None, :], tl.sum(squares, 0), 0.0), 1)
-                    factor = 1.0 / tl.sqrt(square / F + eps)
-                    result *= factor[:, None]
-                if SWIGLU:
-                    other = tl.sum(right, 0)
-                    if NORM:
-                        other *= factor[:, None]
-                    result = result * tl.sigmoid(result) * other
-                target = row[:, None] * OUT + output[None, :]
-                stored = (row < rows)[:, None] & (output < OUT)[None, :]
-                if ADD:
-                    result += tl.load(y + target, mask=stored, other=0.0).to(tl.float32)
-                tl.store(y + target, result.to(y.dtype.element_ty), mask=stored)
-                total = tl.zeros([PARALLEL, BR, BO], tl.float32)
-                right = tl.zeros([PARALLEL, BR, BO], tl.float32)
-                squares = tl.zeros([PARALLEL, BR, BR], tl.float32)
-    else:
-        if P > 0:
-            _small_product_rows(
-                x, norm_weight, small_weight, small, own // PARTS, own % PARTS, rows, eps, F, P, NORM, BF, BP, ROWS
-            )
+            own = (pid // PARTS).to(tl.int64)
+            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, False)
 
 
 @triton.jit(do_not_specialize=["eps"])

@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, fork, join, launch, next_power_of_2, pointer, processors, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from . import cpu
-from .kernels import (
-    decode_flat_kernel,
-    decode_prepare_kernel,
-    decode_row_kernel,
-    decode_small_kernel,
-    decode_swiglu_kernel,
-    decode_tile_kernel,
-    decode_walk_kernel,
-)
+from .kernels import decode_prepare_kernel, decode_row_kernel, decode_swiglu_kernel, decode_tile_kernel
 
 MOST_ROWS = 4
 """Up to it a program takes one row and whole rows of the weight."""
@@ -40,16 +32,6 @@ MEASURED = {
     (1024, 32000, False): (32, 256, 4),
 }
 """(F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6."""
-# Candidates; keys as those of MEASURED.
-SMALL_ROWS = 1  # rows of the small product that a program takes
-SMALL_LAST = False  # whether its programs are behind those of the product
-SMALL_BESIDE = False  # whether it is a launch of its own on another stream
-PREPARED: set[Any] = set()  # normalised rows and small product in a launch before
-TORCH: set[Any] = set()  # the same, and the product is torch's
-WALK: dict[Any, Any] = {}  # key -> (BO, stages, programs of a multiprocessor): all features in registers
-FLAT: dict[Any, Any] = {}  # key -> (BO, BK, stages, programs of a multiprocessor)
-PLAIN = False  # squares without tensor cores
-EARLY: set[Any] = set()  # programmatic dependent launch
 SWIGLU_BLOCK = 1024
 
 
@@ -80,24 +62,7 @@ def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bo
     block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, 4))
     constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
     constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
-    constants |= {"ROWS": SMALL_ROWS if small else 1, "LAST": SMALL_LAST and small > 0, "PLAIN": PLAIN and norm}
-    return Config(constants, num_warps=PARALLEL, overlap=(features, outputs, swiglu) in EARLY)
-
-
-def _walk_config(
-    features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool
-) -> tuple[Any, Config, int] | None:
-    """Kernel, configuration and programs of a multiprocessor of a product that walks; None where none does."""
-    key = features, outputs, swiglu
-    if key not in WALK and key not in FLAT:
-        return None
-    constants = {**_constants(features, small, norm), "BR": MOST_TILE_ROWS, "PARALLEL": PARALLEL, "OUT": outputs}
-    constants |= {"SWIGLU": swiglu, "ADD": add, "ROWS": SMALL_ROWS if small else 1, "LAST": SMALL_LAST and small > 0}
-    if key in WALK:
-        constants["BO"], constants["STAGES"], programs = WALK[key]
-        return decode_walk_kernel, Config(constants, num_warps=PARALLEL), programs
-    constants["BO"], constants["BK"], constants["STAGES"], programs = FLAT[key]
-    return decode_flat_kernel, Config(constants, num_warps=PARALLEL), programs
+    return Config(constants, num_warps=PARALLEL)
 
 
 def decode_linear(
@@ -128,36 +93,16 @@ def decode_linear(
         return y, small
     # Squares of float16 may overflow; float32 would need tensor cores in several passes.
     tiles = rows <= MOST_TILE_ROWS and x.dtype == torch.bfloat16
-    key = features, outputs, swiglu
-    before = key in TORCH or key in PREPARED and norm
-    tiles = tiles and key not in TORCH
-    if norm_weight is not None or (not tiles or before) and (norm or small_weight is not None):
+    if norm_weight is not None or not tiles and (norm or small_weight is not None):
         x, small = prepare(x, norm_weight, small_weight, norm, eps)
         norm, small_weight, small_outputs = False, None, 0
     else:
         small = _small_outputs(x, small_weight)
     if tiles:
+        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
         y = x.new_empty(rows, outputs) if y is None else y
-        stream = None
-        if SMALL_BESIDE and small_weight is not None:
-            stream = fork(x.device)
-            with torch.cuda.stream(stream):
-                config = Config({**_constants(features, small_outputs, norm), "ROWS": SMALL_ROWS})
-                programs = cdiv(rows, SMALL_ROWS) * cdiv(small_outputs, config.constants["BP"])
-                launch(decode_small_kernel, (programs,), config, x, None, small_weight, small, rows, eps)
-            small_weight, small_outputs = None, 0
-        parts = cdiv(small_outputs, _constants(features, small_outputs, norm)["BP"])
-        walk = _walk_config(features, outputs, small_outputs, norm, swiglu, add)
-        if walk is not None:
-            kernel, config, programs = walk
-            smalls = cdiv(rows, SMALL_ROWS) * parts
-            walkers = min(cdiv(outputs, config.constants["BO"]), programs * processors(x.device))
-            launch(kernel, (walkers + smalls,), config, x, weight, None, small_weight, y, small, rows, smalls, eps)
-        else:
-            config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
-            programs = cdiv(outputs, config.constants["BO"]) + cdiv(rows, SMALL_ROWS) * parts
-            launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
-        join(stream)
+        programs = cdiv(outputs, config.constants["BO"]) + rows * cdiv(small_outputs, config.constants["BP"])
+        launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
         return y, small
     y = cpu.product(x, weight, y, False)
     return combine_halves(y) if swiglu else y, small

@@ -11,14 +11,11 @@ from torch import Tensor
 from .._kernel_variant import KernelVariant
 from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
 from ..memory_rule.rules import RULES
-from .kernels import decode_combine_kernel, decode_state_kernel, decode_state_walk_kernel
+from .kernels import decode_combine_kernel, decode_state_kernel
 
 FEW_STATES, NARROW_BLOCK, WIDE_BLOCK = 64, 16, 64
 """Up to so many states of one head take narrow tiles, to keep every multiprocessor busy, and kernels that overlap;
 more take wide ones and kernels one after the other, which was measured to be as fast."""
-STATE_WALK: tuple[int, int, int, int, int, int | None] | None = None
-"""Candidate, many states: BV, blocks of a program, stages, warps, first block in registers, most registers."""
-STATE_WARPS, STATE_REGISTERS = 4, None
 COMBINED = 512
 """Values that one program of the second kernel sums, where a head is not larger."""
 
@@ -68,11 +65,6 @@ def _state_config(sizes: _Sizes, states: int) -> Config:
         "BV": min(next_power_of_2(max(sizes.V, 16)), block),
         "EVICT": "evict_first",  # a state is not read again before the next token
     }
-    if STATE_WALK is not None and not few:
-        constants["BV"], constants["TURNS"], constants["STAGES"], warps, constants["PEEL"], registers = STATE_WALK
-        return Config(constants, num_warps=warps, overlap=False, registers=registers)
-    if not few:
-        return Config(constants, num_warps=STATE_WARPS, overlap=False, registers=STATE_REGISTERS)
     return Config(constants, num_warps=4, overlap=states <= FEW_STATES)
 
 
@@ -129,13 +121,13 @@ def decode_step(
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
     state_config, combine_config = _state_config(sizes, states), _combine_config(sizes, states)
-    state_grid = (states * cdiv(value_dim, state_config.constants["BV"] * state_config.constants.get("TURNS", 1)),)
+    state_grid = (states * cdiv(value_dim, state_config.constants["BV"]),)
     programs = cdiv(value_heads, combine_config.constants["BH"])
     if width:
         programs += sizes.choices * cdiv(2 * key_size + value_heads * value_dim, combine_config.constants["MOVED"])
     for t in range(tokens):
         launch(
-            decode_state_walk_kernel if "TURNS" in state_config.constants else decode_state_kernel, state_grid, state_config, q_rows, kv_rows, logits, indices, weights, a_rows, b_rows,
+            decode_state_kernel, state_grid, state_config, q_rows, kv_rows, logits, indices, weights, a_rows, b_rows,
             A_log, dt_bias, conv_weight, recurrent_state, conv_state, valid, y, t, tokens, q_stride, kv_stride,
             logits_stride, a_stride, b_stride, scale,
         )  # fmt: skip
