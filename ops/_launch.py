@@ -156,8 +156,8 @@ def instead_of_launches(
 
 
 def fork(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream behind what was launched so far, for ``torch.cuda.stream``: its kernels may run beside those that are
-    launched until :func:`join`. None, which changes no stream, where launches do not run on a GPU."""
+    """A stream behind what was launched so far: its kernels may run beside those that are launched until :func:`join`.
+    None where launches do not run on a GPU."""
     if _hook is not None or device.type != "cuda":
         return None
     stream = _side_stream(device)

@@ -58,7 +58,8 @@ def bench_operators(
     """Time the operators of one layer, then the gated delta rule beside the peers' that have it.
 
     "bytes" counts each input read once and each output written once, so ``of_copy`` is the share of the copy bandwidth
-    an operator would reach if it moved no more than that; a backward counts twice the bytes and the FLOP.
+    an operator would reach if it moved no more than that; a backward counts twice the bytes and the FLOP. On a GPU ten
+    calls behind one another are one measurement.
 
     Args:
         name: of sizes in ``SHAPES``.
@@ -93,7 +94,7 @@ def bench_operators(
         out = function(*leaves)
         moved = tensor_bytes([*inputs, out]) + (tensor_bytes(inputs[:1]) if in_place else 0)
         with torch.no_grad():
-            add(operator, "forward", median_ms(lambda: function(*leaves), device, repeats), moved, flops)  # noqa: B023
+            add(operator, "forward", _ms(lambda: function(*leaves), device, repeats), moved, flops)  # noqa: B023
         if out.requires_grad:
             add(operator, "backward", _backward_ms(out, leaves, device, repeats), 2 * moved, 2 * flops)
     if peers is not None:
@@ -129,7 +130,7 @@ def compare_rule(
             operator = f"{name} chunk_gated_delta_rule H={heads} K=V={dim} T={length}"
             try:
                 with torch.no_grad():
-                    forward = median_ms(lambda: function(*leaves), device, repeats)  # noqa: B023
+                    forward = _ms(lambda: function(*leaves), device, repeats)  # noqa: B023
                 backward = _backward_ms(function(*leaves), leaves, device, repeats)
             except Exception as error:  # a peer may refuse this device or these versions
                 if name == "ours":
@@ -148,7 +149,12 @@ def compare_rule(
 def _backward_ms(out: Tensor, leaves: list[Tensor], device: torch.device, repeats: int) -> float:
     grad = torch.randn_like(out)
     wanted = [x for x in leaves if x.requires_grad]
-    return median_ms(lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True), device, repeats)
+    return _ms(lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True), device, repeats)
+
+
+def _ms(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Calls behind one another, as in a step: an idle GPU would wait for the CPU before the first kernel of each."""
+    return median_ms(call, device, repeats, inner=10 if device.type == "cuda" else 1)
 
 
 def cases(shape: Shape, rule: str, device: torch.device) -> dict[str, Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -201,7 +202,7 @@ def _scan(
     final_state = v.new_empty(segment_start.shape[0], *state, dtype=dtype)
     states = (v.new_zeros if zero_states else v.new_empty)(chunk_segment.shape[0], *state)
     v_new = torch.empty_like(v) if heads.delta else v
-    with torch.cuda.stream(stream):
+    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         _run(
             chunk_scan_kernel, heads, segment_start.shape[0] * heads.HV, k, v, gates, inverse, initial_state,
             order, segment_start, segment_length, k.shape[0], final_state, states, v_new if heads.delta else None,
