@@ -28,7 +28,9 @@ def _patch_the_language_once() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    genuine = interpreter._patch_lang
+    genuine = getattr(interpreter, "_patch_lang", None)
+    if genuine is None:  # another Triton
+        return
 
     def patch(fn: Any) -> Any:
         languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
