@@ -233,6 +233,7 @@ def test_one_graph_serves_every_length() -> None:
 
 
 def test_messages() -> None:
+    known = "memory policy must be one of auto, save, selective, block, or one with :N for the first N blocks"
     for policy in ("all", "block:", "block:-1", "block:1.5", "all:3", ""):
-        with pytest.raises(ValueError, match=f"memory policy must be one of auto, .*, or .* got '{policy}'; save"):
+        with pytest.raises(ValueError, match=f"{known}, got '{policy}'; save is fastest"):
             tiny_model().set_memory_policy(policy)
