@@ -53,7 +53,7 @@ class Table:
     def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*self.common, *self.columns])
+            writer = csv.DictWriter(file, [*self.common, *self.columns], lineterminator="\n")
             writer.writeheader()
             writer.writerows({**self.common, **row} for row in self.rows)
 
