@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import functools
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,12 +107,37 @@ def compiling(launches: Sequence[Launch], device: torch.device, threads: int | N
     # Two threads must not enter one JITFunction: it fills its tables of binders and kernels without a lock. Under this
     # mode of Triton's all of that stays on this thread, and the threads do what is behind it, from the syntax tree on.
     submitted: list[Any] = []
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+    with (
+        _one_parser(),
+        ThreadPoolExecutor(threads or os.cpu_count()) as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+    ):
         # The long ones first: what starts last is waited for.
         for launch in sorted(launches, key=lambda launch: -len(launch.kernel.src)):
             with contextlib.suppress(Exception):  # the launch in the step raises it
                 submitted.append(launch.compile(device))
         yield submitted
+
+
+@contextlib.contextmanager
+def _one_parser() -> Iterator[None]:
+    """Inside, one thread at a time parses Python.
+
+    CPython 3.11 counts the depth of a syntax tree for all threads together: two at once can end in a SystemError, "AST
+    constructor recursion depth mismatch" (python/cpython issue 106905; seen with 3.11.7, not with 3.12.1 and 3.13.0).
+    """
+    parse, lock = ast.parse, threading.RLock()
+
+    @functools.wraps(parse)
+    def one_at_a_time(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return parse(*args, **kwargs)
+
+    ast.parse = one_at_a_time
+    try:
+        yield
+    finally:
+        ast.parse = parse
 
 
 class _TritonImplementations(TorchDispatchMode):

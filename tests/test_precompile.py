@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +105,27 @@ class _Driver:
         return lambda *_: values[name]
 
 
-@pytest.mark.skipif(INTERPRET or ON_GPU, reason="compiles, for a GPU that is not there")
-def test_a_compiled_kernel_is_found_and_a_failure_does_not_count(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Launch]]:
+    """Three kernels that compile fast, none of them compiled yet."""
     from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", _Driver())
     monkeypatch.setattr("mom_compile.ops._launch._overlaps", lambda _: True)
     launches = training_launches(tiny_model(num_hidden_layers=1).config, torch.bfloat16, 2, 128, HOPPER)
-    short = [x for x in launches if x.kernel.fn.__name__ in ("route_fwd_kernel", "to_rows_kernel", "count_kernel")]
+    chosen = [x for x in launches if x.kernel.fn.__name__ in ("route_fwd_kernel", "to_rows_kernel", "count_kernel")]
+    yield chosen
+    for launch in chosen:
+        launch.kernel.device_caches.clear()
+
+
+@pytest.mark.skipif(INTERPRET or ON_GPU, reason="compiles, for a GPU that is not there")
+def test_a_compiled_kernel_is_found_and_a_failure_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, short: list[Launch]
+) -> None:
+    from triton.runtime.jit import JITFunction
+
     wrong = Launch(short[0].kernel, (1,), short[0].config, ())  # arguments are missing
     failing = Launch(short[0].kernel, (1,), short[0].config, (1.0, *short[0].args[1:]))  # a number for a pointer
     compilations = []
@@ -123,19 +136,39 @@ def test_a_compiled_kernel_is_found_and_a_failure_does_not_count(
         return compile_one(self, *args, **kwargs)
 
     monkeypatch.setattr(JITFunction, "_do_compile", count)
-    try:
-        device = torch.device("cuda", 0)
-        with compiling([wrong, failing, *short], device, threads=2) as submitted:
-            compilations.clear()
-            for launch in short:  # the step in the body finds each on its way, and waits for it
-                assert launch.compile(device).result() is not None
-            assert not compilations
-        assert sum(each.kernel is not None for each in submitted) == len(short) == 3
-        for launch in short:
-            launch.compile(device)
+    device = torch.device("cuda", 0)
+    with compiling([wrong, failing, *short], device, threads=2) as submitted:
+        compilations.clear()
+        for launch in short:  # the step in the body finds each on its way, and waits for it
+            assert launch.compile(device).result() is not None
         assert not compilations
-        with pytest.raises(Exception, match="pointer|ptr|fp32|float"):  # the step raises what was hidden here
-            failing.compile(device)
-    finally:
-        for launch in short:
-            launch.kernel.device_caches.clear()
+    assert sum(each.kernel is not None for each in submitted) == len(short) == 3
+    for launch in short:
+        launch.compile(device)
+    assert not compilations
+    with pytest.raises(Exception, match="pointer|ptr|fp32|float"):  # the step raises what was hidden here
+        failing.compile(device)
+
+
+@pytest.mark.skipif(INTERPRET or ON_GPU, reason="compiles, for a GPU that is not there")
+def test_one_thread_at_a_time_parses(monkeypatch: pytest.MonkeyPatch, short: list[Launch]) -> None:
+    parse, busy, threads, together = ast.parse, threading.Lock(), set(), []
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        threads.add(threading.get_ident())
+        if not busy.acquire(blocking=False):
+            together.append(args[0])
+            return parse(*args, **kwargs)
+        try:
+            time.sleep(0.05)
+            return parse(*args, **kwargs)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(ast, "parse", slow)
+    with compiling(short, torch.device("cuda", 0), threads=3) as submitted:
+        pass
+    assert all(each.kernel is not None for each in submitted) and len(submitted) == 3
+    assert len(threads) > 1, "nothing was parsed beside something else"
+    assert not together
+    assert ast.parse is slow  # as it was
