@@ -172,7 +172,7 @@ def _distinct(launches: Sequence[Launch]) -> list[Launch]:
     found: dict[Any, Launch] = {}
     for launch in launches:
         args = tuple(_on_meta(x) if isinstance(x, Tensor) else x for x in launch.args)
-        launch = dataclasses.replace(launch, args=args)
+        launch = launch._replace(args=args)
         found.setdefault(launch.specialization, launch)
     return list(found.values())
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any
+from functools import cache, cached_property, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,25 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def remembered(function: Function) -> Function:
+    """``function`` of positional arguments, worked out once for each; symbolic sizes have no hash and are not kept."""
+    known: dict[tuple[Any, ...], Any] = {}
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return known[args]
+        except KeyError:
+            return known.setdefault(args, function(*args))
+        except TypeError:
+            return function(*args)
+
+    return call  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,7 @@ class Config:
         return *self.constants.values(), self.num_warps, self.num_stages, self.overlap, self.registers
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch as a ``launch.py`` makes it; ``args`` are the kernel's first arguments, the constants the others."""
 
     kernel: Any
@@ -116,11 +134,14 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 def _specialization(x: Any) -> Any:
     """What Triton may compile anew for: dtype and alignment of a pointer, 1, multiples of 16, an integer's width."""
+    kind = type(x)
+    if kind is Tensor:
+        return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, Tensor):
         return x.dtype, aligned(x)
     if isinstance(x, int):
         return x == 1, x % 16 == 0, -(1 << 31) <= x < 1 << 31
-    return type(x)
+    return kind
 
 
 _hook: Callable[[Launch], None] | None = None

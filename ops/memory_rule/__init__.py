@@ -89,9 +89,24 @@ def chunk_rows(
     Returns:
         ``o`` ``[S, HV, V]`` and the final state ``[N * M', HV, K, V]``; empty segments keep their state bit for bit.
     """
+    return _chunk_segments(rule, q, k, v, g, beta, scale, initial_state, plan.segments)
+
+
+def _chunk_segments(
+    rule: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    segments: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """:func:`chunk_rows` by the tables that the rule itself reads."""
     extra = [x for x in (g, beta) if x is not None]
     save = _save(q, k, v, g, beta, initial_state)
-    o, final_state, *_ = CHUNK_OPS[rule](q, k, v, *extra, initial_state, *plan.segments, scale, save)
+    o, final_state, *_ = CHUNK_OPS[rule](q, k, v, *extra, initial_state, *segments, scale, save)
     return o, final_state
 
 
@@ -158,31 +173,29 @@ def _chunk(
         q, k = l2_norm(q), l2_norm(k)
     # Whole chunks lie in the tokens as they are; a symbolic length would have to be guarded for it.
     whole = cu_seqlens is None and isinstance(length, int) and length > 0 and length % CHUNK == 0
-    plan = _whole_plan(batch, length, q.device) if whole else sequence_plan(batch, length, cu_seqlens, q.device)
+    plan = None if whole else sequence_plan(batch, length, cu_seqlens, q.device)
 
     def place(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() == 1:
             return x
         x = x.flatten(0, 1)
-        return x if whole else permute(x.flatten(1), plan).unflatten(1, x.shape[1:])
+        return x if plan is None else permute(x.flatten(1), plan).unflatten(1, x.shape[1:])
 
     rows = [place(x) for x in (q, k, v, g, beta)]
     assert rows[0] is not None and rows[1] is not None and rows[2] is not None
-    o, final_state = chunk_rows(
-        rule, rows[0], rows[1], rows[2], rows[3], rows[4], _scale(q, scale), initial_state, plan
+    segments = _whole_segments(batch, length, q.device) if plan is None else plan.segments
+    o, final_state = _chunk_segments(
+        rule, rows[0], rows[1], rows[2], rows[3], rows[4], _scale(q, scale), initial_state, segments
     )
-    o = o if whole else gather_tokens(o, plan)
+    o = o if plan is None else gather_tokens(o, plan)
     return o.view(batch, length, *v.shape[2:]), final_state
 
 
-def _whole_plan(batch: int, length: int, device: torch.device) -> DispatchPlan:
-    """The plan of sequences of whole chunks: row t is token t."""
-    token = torch.arange(batch * length, dtype=torch.int32, device=device)
-    start = torch.arange(batch, dtype=torch.int32, device=device) * length
-    chunks = length // CHUNK
-    segment = torch.arange(batch * chunks, dtype=torch.int32, device=device) // chunks
-    bounds = start.new_zeros(1), start.new_full((1,), batch * length)
-    return DispatchPlan(token.unsqueeze(1), token, start, torch.full_like(start, length), segment, torch.cat(bounds))
+def _whole_segments(batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The segments of sequences of whole chunks: row t is token t."""
+    number = torch.arange(batch, dtype=torch.int32, device=device)
+    chunk_segment = number.unsqueeze(1).expand(batch, length // CHUNK).flatten()
+    return number * length, torch.full_like(number, length), chunk_segment
 
 
 def chunk_linear_attn(

@@ -210,37 +210,62 @@ def pair_decay(high, low, row):
 
 
 @helper
-def unit_lower_inverse(lower):
+def near_exact_product(a, b, PRECISION: tl.constexpr):
+    """``a b`` of float32 matrices. For operands of less precision the tensor cores take each as the sum of two
+    bfloat16 numbers, and 2^-17 of a product is left out: float32 products of the plain units took twice as long."""
+    if PRECISION == "ieee":
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        a_low, b_low = (a - a_high.to(tl.float32)).to(tl.bfloat16), (b - b_high.to(tl.float32)).to(tl.bfloat16)
+        if PRECISION == "interpreter":
+            a_high, b_high = a_high.to(tl.float32), b_high.to(tl.float32)
+            a_low, b_low = a_low.to(tl.float32), b_low.to(tl.float32)
+        return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high)))
+
+
+@helper
+def lower_corner(left, corner, right, PRECISION: tl.constexpr):
+    """``[1, 0]`` block of ``[[A, 0], [C, B]]^-1``, from ``left`` = A^-1, ``corner`` = C and ``right`` = B^-1."""
+    return -near_exact_product(near_exact_product(right, corner, PRECISION), left, PRECISION)
+
+
+@helper
+def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     """``(I + lower)^-1`` for a strictly lower ``[64, 64]``: forward substitution by blocks of 1, 2, .., 32.
 
     Each step is ``[[a, 0], [c, b]]^-1 = [[a^-1, 0], [-b^-1 c a^-1, b^-1]]``, so that only blocks of the result are ever
     formed: powers of ``lower`` (Neumann doubling) overflow for correlated keys.
     """
-    r16, r4, r2, r32 = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, 2), tl.arange(0, 32)
-    same = r4[:, None, None, None] == r4[None, None, :, None]
-    diagonal = tl.sum(tl.where(same, tl.reshape(lower, [4, 16, 4, 16]), 0.0), 2)  # [4, 16, 16]
+    r16, r4, r2 = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, 2)
+    blocks = tl.reshape(lower, [4, 16, 4, 16])
+    from_block, to_block = r4[:, None, None, None], r4[None, None, :, None]
+    diagonal = tl.sum(tl.where(from_block == to_block, blocks, 0.0), 2)  # [4, 16, 16]
     i, j = r16[:, None], r16[None, :]
     off = tl.where(((i // 2 == j // 2) & (i > j))[None, :, :], diagonal, 0.0)
     x = tl.where((i == j)[None, :, :], 1.0, -off)
     for level in tl.static_range(1, 4):
         below = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) > j // (1 << level))
         off = tl.where(below[None, :, :], diagonal, 0.0)
-        x -= tl.dot(tl.dot(x, off, input_precision="ieee"), x, input_precision="ieee")
+        x += lower_corner(x, off, x, PRECISION)
 
-    pair = r2[None, :, None, None, None] == r2[None, None, None, :, None]
-    x = tl.reshape(tl.where(pair, tl.reshape(x, [2, 2, 16, 16])[:, :, :, None, :], 0.0), [2, 32, 32])
-    blocks = tl.reshape(lower, [2, 32, 2, 32])
-    same = r2[:, None, None, None] == r2[None, None, :, None]
-    corner = (r32[:, None] >= 16) & (r32[None, :] < 16)
-    off = tl.where(corner[None, :, :], tl.sum(tl.where(same, blocks, 0.0), 2), 0.0)
-    x -= tl.dot(tl.dot(x, off, input_precision="ieee"), x, input_precision="ieee")
+    # Blocks of 32: pairs of neighbours of 16, [2, 16, 16].
+    second = (r2 == 1)[None, :, None, None]
+    x = tl.reshape(x, [2, 2, 16, 16])
+    left, right = tl.sum(tl.where(second, 0.0, x), 1), tl.sum(tl.where(second, x, 0.0), 1)
+    corner = tl.reshape(tl.sum(tl.where(from_block == to_block + 1, blocks, 0.0), 2), [2, 2, 16, 16])
+    corner = lower_corner(left, tl.sum(tl.where(second, corner, 0.0), 1), right, PRECISION)
+    row, col = r2[None, :, None, None, None], r2[None, None, None, :, None]
+    same = tl.where(row == 0, left[:, None, :, None, :], right[:, None, :, None, :])
+    x = tl.where(row == col, same, tl.where(row > col, corner[:, None, :, None, :], 0.0))
+    x = tl.reshape(x, [2, 32, 32])
 
-    first = tl.sum(tl.where(r2[:, None, None] == 0, x, 0.0), 0)
-    second = tl.sum(tl.where(r2[:, None, None] == 1, x, 0.0), 0)
-    below = (r2[:, None, None, None] == 1) & (r2[None, None, :, None] == 0)
-    off2 = tl.sum(tl.sum(tl.where(below, blocks, 0.0), 2), 0)
-    off2 = tl.dot(tl.dot(second, off2, input_precision="ieee"), first, input_precision="ieee")
-    x = tl.where(same, x[:, :, None, :], tl.where(below, -off2[None, :, None, :], 0.0))
+    second = (r2 == 1)[:, None, None]
+    left, right = tl.sum(tl.where(second, 0.0, x), 0), tl.sum(tl.where(second, x, 0.0), 0)
+    row, col = r2[:, None, None, None], r2[None, None, :, None]
+    corner = tl.sum(tl.sum(tl.where(row > col, tl.reshape(lower, [2, 32, 2, 32]), 0.0), 2), 0)
+    corner = lower_corner(left, corner, right, PRECISION)
+    x = tl.where(row == col, x[:, :, None, :], tl.where(row > col, corner[None, :, None, :], 0.0))
     return tl.reshape(x, [64, 64])
 
 
@@ -340,7 +365,7 @@ def chunk_pairs_kernel(
     if HAS_DELTA:
         rate = tl.load(beta + (first + row) * HV + head, mask=row < count, other=0.0).to(tl.float32)
         kk = tl.where(row[:, None] > square[None, :], kk * rate[:, None], 0.0)
-        store_rows(inverse + square_offset, unit_lower_inverse(kk), row, square, HV * ROWS, ROWS)
+        store_rows(inverse + square_offset, unit_lower_inverse(kk, PRECISION), row, square, HV * ROWS, ROWS)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -22,6 +22,7 @@ from .._launch import (
     launch,
     next_power_of_2,
     pointer,
+    remembered,
     shared_memory_kb,
     variant,
 )
@@ -53,6 +54,7 @@ class _Heads(NamedTuple):
     delta: bool
 
 
+@remembered
 def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> tuple[Config, int]:
     """A kernel's configuration for thread blocks of ``shared_kb`` KiB of shared memory, and its blocks: the programs of
     one chain or chunk.
@@ -91,6 +93,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
         warps = 8  # without asynchronous products its tiles would not fit the registers of four
     elif kernel is chunk_bwd_kernel and not wide:
         stages = 3 if heads.gate or not heads.delta else 2  # two thread blocks a processor
+    elif kernel is chunk_pairs_kernel and not wide and heads.delta:
+        warps = 2  # its time is the inverse, small products whose operands change places: the fewer warps the better
     elif kernel in (chunk_pairs_kernel, chunk_pairs_bwd_kernel) and not wide and large:
         stages, registers = 3, 168 if heads.delta else None  # three thread blocks a processor
     constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
