@@ -27,6 +27,7 @@ from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
 from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
 from .precision import TOLERANCES, check_precision, lower_precision
+from .products import join_products
 from .program import export_forced, export_program, state_names, touched_names
 from .stored_state import check_state_dtype
 from .structure import describe_graph
@@ -169,8 +170,11 @@ def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: s
     files = graph_files(model.config, target, precision)
     rounded = round_weights(model) if precision == "int4" else None
 
+    # Below that the weights of k and v are known by their contents, and rounded on their own.
+    join = precision in ("float32", "float16")
+
     def make(name: str) -> Any:
-        return lower_precision(_graph(model, target, name, state_dtype), precision, rounded)
+        return lower_precision(_graph(model, target, name, state_dtype, join), precision, rounded)
 
     return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
 
@@ -211,8 +215,8 @@ def standard_graph(model: MoMForCausalLM, name: str, state_dtype: str = "float32
     return _graph(model, "portable", name, state_dtype)
 
 
-def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "float32") -> Any:
-    """One graph as an onnx_ir model."""
+def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "float32", join: bool = True) -> Any:
+    """One graph as an onnx_ir model; ``join``: for onnxruntime, the products of one x as one."""
     decode, touched = name.startswith("decode"), name == TOUCHED_GRAPH
     table = lowerings(target, decode)
     with quiet():
@@ -234,7 +238,8 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
     inputs |= dict.fromkeys(f"past_key_values.{n}" for n in states)
     outputs = {"logits": length, **dict.fromkeys(f"present.{n}" for n in present)}
     if target != "opset27":
-        return convert(program, inputs, outputs, merge=target == "onnxruntime")
+        own = target == "onnxruntime"
+        return convert(program, inputs, outputs, merge=own, join=own and join)
     result = convert(program, inputs, outputs, NEWEST_OPSET)
     _standardise(result)
     return result
@@ -256,11 +261,12 @@ def convert(
     outputs: Mapping[str, str | None],
     opset: int = OPSET,
     merge: bool = False,
+    join: bool = False,
 ) -> Any:
     """An exported program as an onnx_ir model.
 
     ``inputs`` and ``outputs``: name -> name of the symbolic axis 1, None where that axis is fixed. Axis 0 is the batch.
-    ``merge``: chains of views become one.
+    ``merge``: chains of views become one; ``join``: so do products of one x, see :func:`join_products`.
     """
     with quiet(), _linear_rewriting():
         onnx_program = torch.onnx.export(
@@ -277,6 +283,8 @@ def convert(
     join_residuals(result.graph)
     if merge:
         merge_views(result.graph)
+    if join:
+        join_products(result.graph)
     _name_axes(result.graph, {**inputs, **outputs})
     _strip(result)
     return result

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .products import join_swiglu
 from .views import remove_unused
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def lower_precision(model: Any, precision: str, rounded: Mapping[bytes, Rounded]
     result = ir.from_proto(proto)
     result.graph.sort()  # the tools append their nodes at the end
     IdentityEliminationPass()(result)
+    if precision == "float16":
+        join_swiglu(result.graph)
     remove_unused(result.graph)
     return result
 
