@@ -27,7 +27,7 @@ from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
 from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
 from .precision import TOLERANCES, check_precision, lower_precision
-from .products import join_products
+from .products import gather_parts, join_products
 from .program import export_forced, export_program, state_names, touched_names
 from .stored_state import check_state_dtype
 from .structure import describe_graph
@@ -239,7 +239,10 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
     outputs = {"logits": length, **dict.fromkeys(f"present.{n}" for n in present)}
     if target != "opset27":
         own = target == "onnxruntime"
-        return convert(program, inputs, outputs, merge=own, join=own and join)
+        result = convert(program, inputs, outputs, merge=own, join=own and join)
+        if own and decode:  # of a token the parts are small
+            gather_parts(result.graph)
+        return result
     result = convert(program, inputs, outputs, NEWEST_OPSET)
     _standardise(result)
     return result

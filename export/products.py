@@ -1,4 +1,4 @@
-"""Products of one x side by side as one, and gated products: on a GPU each node is a kernel to launch."""
+"""Products, and parts of them, in the nodes that take fewest launches on a GPU."""
 
 from __future__ import annotations
 
@@ -37,6 +37,32 @@ def join_products(graph: Any) -> None:
         graph.insert_before(concat, product)
         ir.convenience.replace_all_uses_with(old, product.outputs[0])
     remove_unused(graph)
+
+
+def gather_parts(graph: Any) -> None:
+    """Each Split in two unequal parts as two Gathers, in an onnx_ir graph.
+
+    CUDA splits those by a table that it copies from the host: a transfer for a launch, which a CUDA graph would repeat
+    from memory that has gone. Equal parts, and three of the last axis, it splits in one launch.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        given = node.inputs[1].const_value if node.op_type == "Split" and len(node.inputs) > 1 else None
+        sizes = [] if given is None else given.numpy().tolist()
+        if len(sizes) != 2 or sizes[0] == sizes[1]:
+            continue
+        begin = 0
+        for old, size in zip(node.outputs, sizes, strict=True):
+            index = ir.Value(name=f"{old.name}_index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([size]))
+            index.const_value = ir.tensor(np.arange(begin, begin + size), name=index.name)
+            graph.register_initializer(index)
+            new = ir.Value(shape=old.shape, type=old.type)
+            attributes = [node.attributes["axis"]]
+            graph.insert_before(node, ir.Node("", "Gather", [node.inputs[0], index], attributes, outputs=[new]))
+            ir.convenience.replace_all_uses_with(old, new)
+            begin += size
+        graph.remove(node, safe=True)
 
 
 def join_swiglu(graph: Any) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from models import tiny_model
+from support import launches
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
 from mom_compile.export import artifact
-from mom_compile.export.precision import _drop_repeated, _infer_shapes, _router_path, _state_path
+from mom_compile.export.onnx_artifact import _graph
+from mom_compile.export.precision import _drop_repeated, _infer_shapes, _router_path, _state_path, lower_precision
 
 PRECISIONS = ("float16", "int8", "int4")
 READERS = ("TopK", "LinearAttention")
@@ -39,6 +41,23 @@ def exported(model: MoMForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
         return folder / precision
 
     return make
+
+
+@pytest.mark.parametrize(("name", "limit"), [("decode", 30), ("decode_touched", 34)])
+def test_a_token_takes_few_nodes_in_float16(name: str, limit: int) -> None:
+    """Each is a kernel to launch; and none may copy a table from the host, as unequal parts do beside a last axis."""
+    import onnx_ir as ir
+    from onnx import numpy_helper
+
+    model = tiny_model("gated_delta", num_hidden_layers=2)
+    graph = ir.to_proto(lower_precision(_graph(model, "onnxruntime", name), "float16")).graph
+    operators = launches(graph)
+    assert operators.count("Concat") == 0, sorted(operators)
+    assert len(operators) <= 2 * limit + 4, sorted(operators)
+    constants = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Split" and len(node.input) > 1:
+            assert len(node.output) == 3 or len(set(constants[node.input[1]])) == 1, node
 
 
 @pytest.mark.parametrize("precision", [pytest.param("float16", marks=pytest.mark.slow), *PRECISIONS[1:]])
