@@ -85,7 +85,7 @@ def join_swiglu(graph: Any) -> None:
             scale.const_value = ir.tensor(np.full(size, 2.0**root, np.float16), name=scale.name)
             scale.dtype = scale.const_value.dtype
             graph.register_initializer(scale)
-            attributes = {"epsilon": 4.0**root, "activation": "silu"}
+            attributes: dict[str, Any] = {"epsilon": 4.0**root, "activation": "silu"}
             joined = ir.node("GatedRMSNorm", [up, scale, gate], attributes, domain="com.microsoft", version=1)
             graph.insert_before(node, joined)
             ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0])

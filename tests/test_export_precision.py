@@ -16,6 +16,7 @@ from mom_compile.cli import main
 from mom_compile.export import artifact
 from mom_compile.export.onnx_artifact import _graph
 from mom_compile.export.precision import _drop_repeated, _infer_shapes, _router_path, _state_path, lower_precision
+from mom_compile.export.products import join_swiglu
 
 PRECISIONS = ("float16", "int8", "int4")
 READERS = ("TopK", "LinearAttention")
@@ -58,6 +59,35 @@ def test_a_token_takes_few_nodes_in_float16(name: str, limit: int) -> None:
     for node in graph.node:
         if node.op_type == "Split" and len(node.input) > 1:
             assert len(node.output) == 3 or len(set(constants[node.input[1]])) == 1, node
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_a_gated_product_of_float16_is_one_node(size: float) -> None:
+    """GatedRMSNorm with its norm switched off: as near to the product as float16 is, small or large."""
+    import onnx_ir as ir
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    x, gate, up = (rng.standard_normal(shape).astype(np.float16) for shape in ((3, 16), (16, 48), (16, 48)))
+    up = (up * size).astype(np.float16)
+    edges = [("MatMul", ["x", "gate"], "a"), ("MatMul", ["x", "up"], "b"), ("Sigmoid", ["a"], "s")]
+    edges += [("Mul", ["a", "s"], "silu"), ("Mul", ["silu", "b"], "y"), ("Neg", ["y"], "o")]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [3, n]) for name, n in (("x", 16), ("o", 48))]
+    weights = [numpy_helper.from_array(gate, "gate"), numpy_helper.from_array(up, "up")]
+    nodes = [helper.make_node(operator, inputs, [output]) for operator, inputs, output in edges]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", values[:1], values[1:], weights), opset_imports=opsets, ir_version=10
+    )
+    model = ir.from_proto(proto)
+    join_swiglu(model.graph)
+    assert [node.op_type for node in model.graph] == ["MatMul", "MatMul", "GatedRMSNorm", "Neg"]
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    a, b = (x.astype(np.float64) @ weight.astype(np.float64) for weight in (gate, up))
+    expected = -a / (1 + np.exp(-a)) * b
+    actual = session.run(None, {"x": x})[0].astype(np.float64)
+    assert np.linalg.norm(actual - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("precision", [pytest.param("float16", marks=pytest.mark.slow), *PRECISIONS[1:]])
