@@ -25,12 +25,13 @@ from ._onnxruntime import require_onnxruntime
 from .calibration import round_weights
 from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
-from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
+from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, TOUCHED_GRAPH, TRANSPOSED_STATE
 from .precision import TOLERANCES, check_precision, lower_precision
 from .products import gather_parts, join_products
 from .program import export_forced, export_program, state_names, touched_names
 from .stored_state import check_state_dtype
 from .structure import describe_graph
+from .token_nodes import TRANSPOSED_RULES, transposed_step
 from .views import merge_views, remove_unused
 from .writing import package_versions, write_artifact
 
@@ -66,6 +67,9 @@ def to_onnx(
     there is also ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
     ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
+
+    In float16 there is also ``decode_cuda.onnx`` for onnxruntime's CUDA provider, where a model has delta rules and K = V:
+    its recurrent states are transposed, ``past_key_values.{i}.transposed_state`` ``[B, M'*HV, V, K]``.
 
     Inputs: ``input_ids`` ``[B, T]`` int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]`` and
     ``past_key_values.{i}.recurrent_state`` ``[B, M'*HV, K, V]``, float32 unless asked otherwise. Outputs: ``logits``
@@ -182,12 +186,19 @@ def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: s
 def graph_files(config: MoMConfig, target: str, precision: str = "float32") -> dict[str, str]:
     """Graph name -> file.
 
-    The touched decode is for onnxruntime, where a token leaves some memories alone; the prefill whose routing is given
-    is for the verification of what is below float32.
+    The touched decode is for onnxruntime, where a token leaves some memories alone; that for CUDA for the precision that
+    one has there; the prefill whose routing is given is for the verification of what is below float32.
     """
     names = [TOUCHED_GRAPH] if target == "onnxruntime" and config.topk < config.num_memories else []
+    names += [CUDA_GRAPH] if precision == "float16" and _fits_cuda_graph(config) else []
     names += [FORCED_GRAPH] if precision != "float32" else []
     return {**GRAPHS, **{name: f"{name}.onnx" for name in names}}
+
+
+def _fits_cuda_graph(config: MoMConfig) -> bool:
+    """Whether the rules and sizes are those of :func:`.token_nodes.transposed_step`."""
+    rules = {config.rule(layer) for layer in range(config.num_hidden_layers)}
+    return rules <= set(TRANSPOSED_RULES) and config.head_dim == config.value_dim
 
 
 def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]]]) -> dict[str, Any]:
@@ -219,6 +230,8 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
     """One graph as an onnx_ir model; ``join``: for onnxruntime, the products of one x as one."""
     decode, touched = name.startswith("decode"), name == TOUCHED_GRAPH
     table = lowerings(target, decode)
+    if name == CUDA_GRAPH:
+        table |= {torch.ops.mom.decode_step: transposed_step, torch.ops.mom.decode_step.default: transposed_step}
     with quiet():
         forms: dict[str, Form] = {"tensorrt": "dense", "onnxruntime": "step"}
         form = forms.get(target, "portable") if decode else "portable"
@@ -227,6 +240,8 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
         else:
             program = export_program(model, decode, table, touched, form, state_dtype=state_dtype)
     states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
+    if name == CUDA_GRAPH:
+        states = [state.replace("recurrent_state", TRANSPOSED_STATE) for state in states]
     present = states
     if touched:
         parts = touched_names(model.config).values()

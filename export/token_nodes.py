@@ -1,7 +1,8 @@
 """``mom::decode_step`` for one token in as few nodes of ONNX Runtime as it takes: on a GPU each is a kernel to launch.
 
 Two ways through the memories: *masked*, all of them are computed, and those that the token did not select are kept by a
-decay and a beta of zero; *touched*, the selected ones are gathered, and only they come out.
+decay and a beta of zero; *touched*, the selected ones are gathered, and only they come out. *transposed* is masked with
+the rule's norm and gates in one node, which is the fast one on CUDA.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from torch.nn import functional as F
 from ..ops import RULES
 from ..ops.decode_step.op import Arguments
 from ..projections import convolution_blocks, retention_gate
-from .microsoft_nodes import causal_conv, decay_and_beta, linear_attention, rms_norm
+from .microsoft_nodes import causal_conv, decay_and_beta, gated_delta_net, linear_attention, rms_norm
+
+TRANSPOSED_RULES = ("gated_delta", "delta")
+"""Those of :func:`transposed_step`."""
+NEVER = -1e4  # before softplus or a sigmoid: exactly 0 behind it
 
 
 class _Gates(NamedTuple):
@@ -29,23 +34,39 @@ class _Gates(NamedTuple):
 def masked_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As ``mom::decode_step`` for T = 1, without gather and scatter of states: CUDA's scatter is slow on such rows."""
     args = _one_token(arguments)
-    batch, memories = args.recurrent_state.shape[:2]
-    weights, chosen = _route(args)
-    # Below zero, and nothing in a sum, where not selected: a weight of zero may be a selected one that underflowed.
-    rest = torch.tensor([[-1e-30] * (memories - args.shared) + [1.0] * args.shared])
-    weights = rest.expand(batch, memories).scatter(1, chosen, weights)  # [B, M']
-    selected = weights.unsqueeze(2) >= 0  # [B, M', 1]
-
+    weights, selected = _selection(args)
     g, beta, dt = (None if gate is None else torch.where(selected, gate, 0.0) for gate in _gates(args))
     if beta is None and dt is None:  # nothing else keeps a memory from being written
         dt = selected.float()
-    blocks, place = _blocks(args)
-    qkv = blocks.index_select(1, place.flatten()).unflatten(1, place.shape).flatten(2)
-    qkv, window = _convolve(args, qkv, args.conv_state)
-    if window is not None and args.conv_state is not None:
-        window = torch.where(selected.unsqueeze(3), window, args.conv_state)
+    qkv, window = _convolve_selected(args, selected)
     o, state = _remember(args, qkv, _Gates(g, beta, dt), args.recurrent_state)
     return _read(args, o, weights), state, o if window is None else window
+
+
+def transposed_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`masked_step` for ``TRANSPOSED_RULES`` and K = V; the states come and go transposed, V before K."""
+    args = _one_token(arguments)
+    state = args.recurrent_state
+    assert args.rule in TRANSPOSED_RULES and state.shape[3] == state.shape[4] and args.b is not None
+    weights, selected = _selection(args)
+
+    def gate(x: Tensor) -> Tensor:
+        """``[B, 1, m, HV]`` -> ``[B * M', HV]``."""
+        return torch.where(selected, x.squeeze(1), NEVER).flatten(0, 1)
+
+    qkv, window = _convolve_selected(args, selected)
+    o, final_state = gated_delta_net(
+        RULES[args.rule],
+        qkv.flatten(0, 1),
+        None if args.a is None else gate(args.a),
+        gate(args.b),
+        state.flatten(0, 1).float(),  # a memory is a sequence to the node
+        args.A_log,
+        args.dt_bias,
+        args.scale,
+    )
+    o = o.view(*qkv.shape[:2], -1)
+    return _read(args, o, weights), final_state.to(state.dtype).view(state.shape), o if window is None else window
 
 
 def touched_step(indices: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +118,16 @@ def _route(args: Arguments) -> tuple[Tensor, Tensor]:
     return torch.softmax(values, -1), chosen
 
 
+def _selection(args: Arguments) -> tuple[Tensor, Tensor]:
+    """The memories' weights ``[B, M']`` and whether they are selected ``[B, M', 1]``."""
+    batch, memories = args.recurrent_state.shape[:2]
+    weights, chosen = _route(args)
+    # Below zero, and nothing in a sum, where not selected: a weight of zero may be a selected one that underflowed.
+    rest = torch.tensor([[-1e-30] * (memories - args.shared) + [1.0] * args.shared])
+    weights = rest.expand(batch, memories).scatter(1, chosen, weights)
+    return weights, weights.unsqueeze(2) >= 0
+
+
 def _gates(args: Arguments) -> _Gates:
     a, b, (batch, _, value_heads) = args.a, args.b, args.recurrent_state.shape[:3]
     if RULES[args.rule].gate == "head":
@@ -121,6 +152,16 @@ def _blocks(args: Arguments) -> tuple[Tensor, Tensor]:
     # Two products of one x side by side: as one, see join_products.
     projected = torch.cat([args.q, args.kv.flatten(2)], 2).squeeze(1)
     return projected.unflatten(1, (-1, (keys + width) // place.shape[1])), place
+
+
+def _convolve_selected(args: Arguments, selected: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q, k and v of every memory ``[B, M', C]``, and the windows, of which only the selected ones moved on."""
+    blocks, place = _blocks(args)
+    qkv = blocks.index_select(1, place.flatten()).unflatten(1, place.shape).flatten(2)
+    qkv, window = _convolve(args, qkv, args.conv_state)
+    if window is not None and args.conv_state is not None:
+        window = torch.where(selected.unsqueeze(3), window, args.conv_state)
+    return qkv, window
 
 
 def _convolve(args: Arguments, qkv: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
