@@ -21,7 +21,7 @@ from .._extras import check_installed
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import Form
-from ._onnxruntime import require_onnxruntime
+from ._onnxruntime import CPU_GATED_DELTA_NET, require_onnxruntime, runtime_version
 from .calibration import round_weights
 from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
@@ -68,8 +68,8 @@ def to_onnx(
     ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
 
-    In float16 there is also ``decode_cuda.onnx`` for onnxruntime's CUDA provider, where a model has delta rules and K = V:
-    its recurrent states are transposed, ``past_key_values.{i}.transposed_state`` ``[B, M'*HV, V, K]``.
+    In float16 there is also ``decode_cuda.onnx`` for onnxruntime's CUDA provider, where a model has delta rules and K =
+    V: its recurrent states are transposed, ``past_key_values.{i}.transposed_state`` ``[B, M'*HV, V, K]``.
 
     Inputs: ``input_ids`` ``[B, T]`` int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]`` and
     ``past_key_values.{i}.recurrent_state`` ``[B, M'*HV, K, V]``, float32 unless asked otherwise. Outputs: ``logits``
@@ -186,17 +186,19 @@ def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: s
 def graph_files(config: MoMConfig, target: str, precision: str = "float32") -> dict[str, str]:
     """Graph name -> file.
 
-    The touched decode is for onnxruntime, where a token leaves some memories alone; that for CUDA for the precision that
-    one has there; the prefill whose routing is given is for the verification of what is below float32.
+    The touched decode is for onnxruntime, where a token leaves some memories alone; that for CUDA for the precision
+    that one has there; the prefill whose routing is given is for the verification of what is below float32.
     """
     names = [TOUCHED_GRAPH] if target == "onnxruntime" and config.topk < config.num_memories else []
-    names += [CUDA_GRAPH] if precision == "float16" and _fits_cuda_graph(config) else []
+    names += [CUDA_GRAPH] if target == "onnxruntime" and precision == "float16" and _fits_cuda_graph(config) else []
     names += [FORCED_GRAPH] if precision != "float32" else []
     return {**GRAPHS, **{name: f"{name}.onnx" for name in names}}
 
 
 def _fits_cuda_graph(config: MoMConfig) -> bool:
-    """Whether the rules and sizes are those of :func:`.token_nodes.transposed_step`."""
+    """Whether the rules and sizes are those of :func:`.token_nodes.transposed_step`, and it can be verified."""
+    if runtime_version(require_onnxruntime()) < CPU_GATED_DELTA_NET:
+        return False
     rules = {config.rule(layer) for layer in range(config.num_hidden_layers)}
     return rules <= set(TRANSPOSED_RULES) and config.head_dim == config.value_dim
 

@@ -195,10 +195,10 @@ class OnnxRunner(Runner):
 
         Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
         ``aliased``: one set, in which every present state overwrites its past; with the CUDA provider's option
-        ``enable_cuda_graph`` always, since a graph holds addresses. ``touched``: one set, of which only the memories that a token selected are
-        written; None: where the artifact has that graph and the CPU runs it. ``transposed``: by the graph whose states
-        are transposed, which is the fast one on CUDA; None: there, where the artifact has it. On the CUDA provider the
-        whole states stay on the device.
+        ``enable_cuda_graph`` always, since a graph holds addresses. ``touched``: one set, of which only the memories
+        that a token selected are written; None: where the artifact has that graph and the CPU runs it. ``transposed``:
+        by the graph whose states are transposed, which is the fast one on CUDA; None: there, where the artifact has it.
+        On the CUDA provider the whole states stay on the device.
         """
         if touched is None:
             touched = self.has_touched_decode and not aliased and not self._on_gpu
@@ -239,7 +239,7 @@ class OnnxRunner(Runner):
         if captures:  # onnxruntime runs the first token more than once
             session.run_with_iobinding(bindings[0])
             for name, value in sets[0].items():
-                value.update_inplace(np.ascontiguousarray(feeds[name]))
+                value.update_inplace(feeds[name])
         steps = 0
 
         def step(tokens: NDArray[Any]) -> NDArray[np.float32]:

@@ -72,9 +72,8 @@ def expected_io(
         ]
 
     if graph == "decode_cuda":
-        keys, values = flat.pop("recurrent_state")[1:]
-        heads = shapes["recurrent_state"][0] * shapes["recurrent_state"][1]
-        flat["transposed_state"] = (heads, values, keys)
+        heads, key_dim, value_dim = flat.pop("recurrent_state")
+        flat["transposed_state"] = (heads, value_dim, key_dim)
     present = flat
     if graph == "decode_touched":
         selected = config.topk + config.shared_mem

@@ -249,6 +249,13 @@ def test_the_touched_decode_writes_only_what_a_token_selected(exported: tuple[Mo
     assert not any("recurrent_state" in name for name in outputs)
 
 
+def test_a_decode_loop_refuses_a_graph_that_is_not_there(exported: tuple[MoMForCausalLM, Path]) -> None:
+    runner = export.load(exported[1])
+    assert isinstance(runner, export.OnnxRunner)
+    with pytest.raises(ValueError, match="transposed must be False for this artifact, got True; it has no decode_cuda"):
+        runner.decode_loop(runner.init_state(1), 1, transposed=True)
+
+
 def test_a_token_takes_few_nodes(exported: tuple[MoMForCausalLM, Path]) -> None:
     """Each is a kernel to launch; what only renames axes is none, and what no input changes is computed once."""
     import onnx
