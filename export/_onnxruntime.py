@@ -12,6 +12,8 @@ from .._extras import require
 
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MIN_ONNXRUNTIME = (1, 24)
+CPU_GATED_DELTA_NET = (1, 32)
+"""From which version on the CPU's provider has GatedDeltaNet as well, so that a graph of it can be verified."""
 SMALLEST_SHARED_MEMORY = 99 * 1024
 """Bytes of a thread block on the smallest GPUs, of compute capability 8.6 and 12.0."""
 
@@ -30,14 +32,18 @@ def require_onnxruntime() -> ModuleType:
             "each other; run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
         )
     runtime = require("onnxruntime", "onnx")
-    version = tuple(int(part) for part in runtime.__version__.split(".")[:2])
-    if version < MIN_ONNXRUNTIME:
+    if runtime_version(runtime) < MIN_ONNXRUNTIME:
         wanted = ".".join(map(str, MIN_ONNXRUNTIME))
         raise ImportError(
             f"onnxruntime must be at least {wanted}, got {runtime.__version__}; "
             f'run: pip install --upgrade "onnxruntime>={wanted}"'
         )
     return runtime
+
+
+def runtime_version(runtime: ModuleType) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in runtime.__version__.split(".")[:2])
 
 
 def fit_linear_attention(key_dim: int, value_dim: int) -> None:

@@ -37,6 +37,32 @@ def linear_attention(
     return o.unflatten(2, (heads, value_dim)), final_state
 
 
+def gated_delta_net(
+    rule: Rule,
+    qkv: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    state: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One token a row of a delta rule: GatedDeltaNet, the norm of q and k and the gates in it.
+
+    Its norm divides by the root of a sum of squares without our 1e-6. ``qkv`` ``[N, 2 H K + HV V]``, ``a`` and ``b``
+    ``[N, HV]`` as projected, ``state`` transposed, ``[N, HV, V, K]``; o ``[N, HV, V]``.
+    """
+    rows, heads, value_dim = state.shape[:3]
+    inputs: list[Tensor | None] = [qkv, None, None, None, a, b, state, A_log, dt_bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    attributes = {"update_rule": _RULES[rule.name], "qk_l2_norm": 1, "beta_activation": "sigmoid", "scale": scale}
+    if a is not None:
+        attributes["gate_activation"] = "qwen"
+    o, final_state = _node("GatedDeltaNet", inputs, attributes, ((rows, heads, value_dim), state.shape))
+    return o, final_state
+
+
 def causal_conv(x: Tensor, weight: Tensor, past: Tensor, activation: str = "none") -> tuple[Tensor, Tensor]:
     """A depthwise convolution over ``[B, C, T]`` behind ``past`` ``[B, C, W-1]``, and its new window."""
     y, window = _node("CausalConvWithState", (x, weight, None, past), {"activation": activation}, (x.shape, past.shape))

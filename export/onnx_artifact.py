@@ -21,15 +21,17 @@ from .._extras import check_installed
 from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..mom_attention import Form
-from ._onnxruntime import require_onnxruntime
+from ._onnxruntime import CPU_GATED_DELTA_NET, require_onnxruntime, runtime_version
 from .calibration import round_weights
 from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
-from .onnx_runner import FORCED_GRAPH, TOUCHED_GRAPH
+from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, TOUCHED_GRAPH, TRANSPOSED_STATE
 from .precision import TOLERANCES, check_precision, lower_precision
+from .products import gather_parts, join_products
 from .program import export_forced, export_program, state_names, touched_names
 from .stored_state import check_state_dtype
 from .structure import describe_graph
+from .token_nodes import TRANSPOSED_RULES, transposed_step
 from .views import merge_views, remove_unused
 from .writing import package_versions, write_artifact
 
@@ -65,6 +67,9 @@ def to_onnx(
     there is also ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
     ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
+
+    In float16 there is also ``decode_cuda.onnx`` for onnxruntime's CUDA provider, where a model has delta rules and K =
+    V: its recurrent states are transposed, ``past_key_values.{i}.transposed_state`` ``[B, M'*HV, V, K]``.
 
     Inputs: ``input_ids`` ``[B, T]`` int64, ``past_key_values.{i}.conv_state`` ``[B, M'*C, W-1]`` and
     ``past_key_values.{i}.recurrent_state`` ``[B, M'*HV, K, V]``, float32 unless asked otherwise. Outputs: ``logits``
@@ -169,8 +174,11 @@ def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: s
     files = graph_files(model.config, target, precision)
     rounded = round_weights(model) if precision == "int4" else None
 
+    # Below that the weights of k and v are known by their contents, and rounded on their own.
+    join = precision in ("float32", "float16")
+
     def make(name: str) -> Any:
-        return lower_precision(_graph(model, target, name, state_dtype), precision, rounded)
+        return lower_precision(_graph(model, target, name, state_dtype, join), precision, rounded)
 
     return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
 
@@ -178,12 +186,21 @@ def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: s
 def graph_files(config: MoMConfig, target: str, precision: str = "float32") -> dict[str, str]:
     """Graph name -> file.
 
-    The touched decode is for onnxruntime, where a token leaves some memories alone; the prefill whose routing is given
-    is for the verification of what is below float32.
+    The touched decode is for onnxruntime, where a token leaves some memories alone; that for CUDA for the precision
+    that one has there; the prefill whose routing is given is for the verification of what is below float32.
     """
     names = [TOUCHED_GRAPH] if target == "onnxruntime" and config.topk < config.num_memories else []
+    names += [CUDA_GRAPH] if target == "onnxruntime" and precision == "float16" and _fits_cuda_graph(config) else []
     names += [FORCED_GRAPH] if precision != "float32" else []
     return {**GRAPHS, **{name: f"{name}.onnx" for name in names}}
+
+
+def _fits_cuda_graph(config: MoMConfig) -> bool:
+    """Whether the rules and sizes are those of :func:`.token_nodes.transposed_step`, and it can be verified."""
+    if runtime_version(require_onnxruntime()) < CPU_GATED_DELTA_NET:
+        return False
+    rules = {config.rule(layer) for layer in range(config.num_hidden_layers)}
+    return rules <= set(TRANSPOSED_RULES) and config.head_dim == config.value_dim
 
 
 def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]]]) -> dict[str, Any]:
@@ -211,10 +228,12 @@ def standard_graph(model: MoMForCausalLM, name: str, state_dtype: str = "float32
     return _graph(model, "portable", name, state_dtype)
 
 
-def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "float32") -> Any:
-    """One graph as an onnx_ir model."""
+def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "float32", join: bool = True) -> Any:
+    """One graph as an onnx_ir model; ``join``: for onnxruntime, the products of one x as one."""
     decode, touched = name.startswith("decode"), name == TOUCHED_GRAPH
     table = lowerings(target, decode)
+    if name == CUDA_GRAPH:
+        table |= {torch.ops.mom.decode_step: transposed_step, torch.ops.mom.decode_step.default: transposed_step}
     with quiet():
         forms: dict[str, Form] = {"tensorrt": "dense", "onnxruntime": "step"}
         form = forms.get(target, "portable") if decode else "portable"
@@ -223,6 +242,8 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
         else:
             program = export_program(model, decode, table, touched, form, state_dtype=state_dtype)
     states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
+    if name == CUDA_GRAPH:
+        states = [state.replace("recurrent_state", TRANSPOSED_STATE) for state in states]
     present = states
     if touched:
         parts = touched_names(model.config).values()
@@ -234,7 +255,11 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
     inputs |= dict.fromkeys(f"past_key_values.{n}" for n in states)
     outputs = {"logits": length, **dict.fromkeys(f"present.{n}" for n in present)}
     if target != "opset27":
-        return convert(program, inputs, outputs, merge=target == "onnxruntime")
+        own = target == "onnxruntime"
+        result = convert(program, inputs, outputs, merge=own, join=own and join)
+        if own and decode:  # of a token the parts are small
+            gather_parts(result.graph)
+        return result
     result = convert(program, inputs, outputs, NEWEST_OPSET)
     _standardise(result)
     return result
@@ -256,11 +281,12 @@ def convert(
     outputs: Mapping[str, str | None],
     opset: int = OPSET,
     merge: bool = False,
+    join: bool = False,
 ) -> Any:
     """An exported program as an onnx_ir model.
 
     ``inputs`` and ``outputs``: name -> name of the symbolic axis 1, None where that axis is fixed. Axis 0 is the batch.
-    ``merge``: chains of views become one.
+    ``merge``: chains of views become one; ``join``: so do products of one x, see :func:`join_products`.
     """
     with quiet(), _linear_rewriting():
         onnx_program = torch.onnx.export(
@@ -277,6 +303,8 @@ def convert(
     join_residuals(result.graph)
     if merge:
         merge_views(result.graph)
+    if join:
+        join_products(result.graph)
     _name_axes(result.graph, {**inputs, **outputs})
     _strip(result)
     return result

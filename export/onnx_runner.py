@@ -14,6 +14,9 @@ from .runner import Runner, State, Step
 from .stored_state import array_dtype, ort_value
 
 TOUCHED_GRAPH = "decode_touched"
+CUDA_GRAPH = "decode_cuda"
+TRANSPOSED_STATE = "transposed_state"
+"""The recurrent state of CUDA_GRAPH, ``[B, M'*HV, V, K]``."""
 FORCED_GRAPH = "prefill_forced"
 _DTYPES = {  # onnxruntime's name of a type -> ours
     "tensor(int64)": "int64",
@@ -52,6 +55,7 @@ class OnnxRunner(Runner):
         self._threads = threads
         self._runtime = require_onnxruntime()
         self._providers = exact_providers(providers or ["CPUExecutionProvider"])
+        self._provider_options = [provider[1] for provider in self._providers if not isinstance(provider, str)]
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
         self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
         if self._device == "cuda":
@@ -95,9 +99,10 @@ class OnnxRunner(Runner):
     def _check_session(self, session: Any, name: str) -> None:
         """The graph takes the states that the manifest names."""
         found = {value.name: value.shape for value in session.get_inputs()}
+        transposed = name == CUDA_GRAPH  # of K = V alone
         for layer in range(self.config.num_hidden_layers):
             for state, shape in self._shapes.items():
-                key = f"past_key_values.{layer}.{state}"
+                key = f"past_key_values.{layer}.{_graph_state(state) if transposed else state}"
                 want = ["batch", shape[0] * shape[1], *shape[2:]]
                 if found.get(key) != want:
                     raise ValueError(
@@ -184,23 +189,40 @@ class OnnxRunner(Runner):
         batch_size: int,
         aliased: bool = False,
         touched: bool | None = None,
+        transposed: bool | None = None,
     ) -> Step:
         """As :meth:`Runner.decode_loop`.
 
         Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
-        ``aliased``: one set, in which every present state overwrites its past; a CUDA graph (the CUDA provider's option
-        ``enable_cuda_graph``) wants that. ``touched``: one set, of which only the memories that a token selected are
-        written; None: where the artifact has that graph and the CPU runs it. On the CUDA provider the whole states stay
-        on the device.
+        ``aliased``: one set, in which every present state overwrites its past; with the CUDA provider's option
+        ``enable_cuda_graph`` always, since a graph holds addresses. ``touched``: one set, of which only the memories
+        that a token selected are written; None: where the artifact has that graph and the CPU runs it. ``transposed``:
+        by the graph whose states are transposed, which is the fast one on CUDA; None: there, where the artifact has it.
+        On the CUDA provider the whole states stay on the device.
         """
         if touched is None:
             touched = self.has_touched_decode and not aliased and not self._on_gpu
         if touched:
             return self._touched_loop(state, batch_size)
-        session = self._session(self._graph_name(1))
+        captures = any(str(options.get("enable_cuda_graph", "0")) == "1" for options in self._provider_options)
+        aliased |= captures
+        if transposed is None:
+            transposed = CUDA_GRAPH in self.manifest["graphs"] and self._device == "cuda"
+        if transposed and CUDA_GRAPH not in self.manifest["graphs"]:
+            raise ValueError(
+                f"transposed must be False for this artifact, got True; it has no {CUDA_GRAPH} graph: export with "
+                "precision float16 a model of a delta rule with value heads as wide as its key heads"
+            )
+        session = self._session(CUDA_GRAPH if transposed else self._graph_name(1))
         feeds = self._feeds(self._check_state(batch_size, state))
+        if transposed:
+            feeds = {
+                _graph_state(name): value.swapaxes(2, 3) if name.endswith("recurrent_state") else value
+                for name, value in feeds.items()
+            }
         sets = [
-            {name: self._ort_value(array.copy()) for name, array in feeds.items()} for _ in range(1 if aliased else 2)
+            {name: self._ort_value(array.copy("C")) for name, array in feeds.items()}
+            for _ in range(1 if aliased else 2)
         ]
         ids = np.zeros((batch_size, 1), np.int64)
         inputs = {name: self._ort_value(value) for name, value in self._inputs(ids).items()}
@@ -214,6 +236,10 @@ class OnnxRunner(Runner):
             for name, value in target.items():
                 binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
             bindings.append(binding)
+        if captures:  # onnxruntime runs the first token more than once
+            session.run_with_iobinding(bindings[0])
+            for name, value in sets[0].items():
+                value.update_inplace(feeds[name])
         steps = 0
 
         def step(tokens: NDArray[Any]) -> NDArray[np.float32]:
@@ -237,6 +263,8 @@ class OnnxRunner(Runner):
         }
         if self.has_touched_decode:
             ways["touched memories written back"] = {"touched": True}
+        if CUDA_GRAPH in self.manifest["graphs"]:
+            ways["states transposed, as on CUDA"] = {"touched": False, "transposed": True}
         return ways
 
     @property
@@ -280,3 +308,8 @@ class OnnxRunner(Runner):
             return outputs["logits"][:, 0]
 
         return step
+
+
+def _graph_state(name: str) -> str:
+    """The name of a state, or of a graph's input of it, in CUDA_GRAPH."""
+    return name.replace("recurrent_state", TRANSPOSED_STATE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .products import join_swiglu
 from .views import remove_unused
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ BLOCK_SIZE = 16  # weights that share a scale and a zero point
 # Sums of squares overflow float16; the memory rule, its state and its decay stay float32.
 _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
 _SHAPE_SIZE = 64  # values of a constant that may be a shape
-_FLOAT32_OPERATORS = ("LinearAttention", "Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal")
+_FLOAT32_OPERATORS = ("LinearAttention", "GatedDeltaNet", "Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal")
 
 
 def check_precision(precision: str, target: str) -> None:
@@ -85,6 +86,8 @@ def lower_precision(model: Any, precision: str, rounded: Mapping[bytes, Rounded]
     result = ir.from_proto(proto)
     result.graph.sort()  # the tools append their nodes at the end
     IdentityEliminationPass()(result)
+    if precision == "float16":
+        join_swiglu(result.graph)
     remove_unused(result.graph)
     return result
 
@@ -214,7 +217,7 @@ def _router_path(graph: Any) -> Iterator[str]:
                 projections[source.name] = source
             elif source is not None:
                 pending += source.input
-    ends = ("MatMul", "Gemm", "LinearAttention", "MatMulNBits")
+    ends = ("MatMul", "Gemm", "LinearAttention", "GatedDeltaNet", "MatMulNBits")
     yield from _behind(list(projections.values()), readers, lambda node: node.op_type in ends)
 
 

@@ -48,12 +48,14 @@ def expected_io(
         config: of the model.
         shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
         graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone,
+            ``decode_cuda``, whose recurrent states are transposed,
             ``prefill_forced``, which takes the routing, GenAI's ``model``, which has an attention mask and always a
             ``conv_state``, or its ``engine``, which takes packed tokens and a paged cache.
         state_dtype: of the recurrent states.
     """
     length: int | str = 1 if graph.startswith("decode") else "sequence"
-    dtypes = {"touched_index": "int64", "recurrent_state": state_dtype, "touched_state": state_dtype}
+    states = ("recurrent_state", "touched_state", "transposed_state")
+    dtypes = {"touched_index": "int64", **dict.fromkeys(states, state_dtype)}
     flat = {name: (shape[0] * shape[1], *shape[2:]) for name, shape in shapes.items()}
     if graph in ("model", "engine"):
         flat = {"conv_state": (1, 1), **flat}
@@ -69,6 +71,9 @@ def expected_io(
             for name, shape in entries.items()
         ]
 
+    if graph == "decode_cuda":
+        heads, key_dim, value_dim = flat.pop("recurrent_state")
+        flat["transposed_state"] = (heads, value_dim, key_dim)
     present = flat
     if graph == "decode_touched":
         selected = config.topk + config.shared_mem

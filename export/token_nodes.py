@@ -1,7 +1,8 @@
 """``mom::decode_step`` for one token in as few nodes of ONNX Runtime as it takes: on a GPU each is a kernel to launch.
 
 Two ways through the memories: *masked*, all of them are computed, and those that the token did not select are kept by a
-decay and a beta of zero; *touched*, the selected ones are gathered, and only they come out.
+decay and a beta of zero; *touched*, the selected ones are gathered, and only they come out. *transposed* is masked with
+the rule's norm and gates in one node, which is the fast one on CUDA.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from torch.nn import functional as F
 
 from ..ops import RULES
 from ..ops.decode_step.op import Arguments
-from ..projections import retention_gate
-from .microsoft_nodes import causal_conv, decay_and_beta, linear_attention, rms_norm
+from ..projections import convolution_blocks, retention_gate
+from .microsoft_nodes import causal_conv, decay_and_beta, gated_delta_net, linear_attention, rms_norm
+
+TRANSPOSED_RULES = ("gated_delta", "delta")
+"""Those of :func:`transposed_step`."""
+NEVER = -1e4  # before softplus or a sigmoid: exactly 0 behind it
 
 
 class _Gates(NamedTuple):
@@ -29,22 +34,39 @@ class _Gates(NamedTuple):
 def masked_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As ``mom::decode_step`` for T = 1, without gather and scatter of states: CUDA's scatter is slow on such rows."""
     args = _one_token(arguments)
-    batch, memories = args.recurrent_state.shape[:2]
-    weights, chosen = _route(args)
-    # Of the shared memory it is 1; one that underflows would select nothing.
-    rest = torch.tensor([[0.0] * (memories - args.shared) + [1.0] * args.shared])
-    weights = rest.expand(batch, memories).scatter(1, chosen, weights.clamp(min=1e-30))  # [B, M']
-    selected = weights.unsqueeze(2) > 0  # [B, M', 1]
-
+    weights, selected = _selection(args)
     g, beta, dt = (None if gate is None else torch.where(selected, gate, 0.0) for gate in _gates(args))
     if beta is None and dt is None:  # nothing else keeps a memory from being written
         dt = selected.float()
-    kv = args.kv.squeeze(1).expand(batch, memories, args.kv.shape[3])
-    qkv, window = _convolve(args, kv, args.conv_state)
-    if window is not None and args.conv_state is not None:
-        window = torch.where(selected.unsqueeze(3), window, args.conv_state)
+    qkv, window = _convolve_selected(args, selected)
     o, state = _remember(args, qkv, _Gates(g, beta, dt), args.recurrent_state)
     return _read(args, o, weights), state, o if window is None else window
+
+
+def transposed_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`masked_step` for ``TRANSPOSED_RULES`` and K = V; the states come and go transposed, V before K."""
+    args = _one_token(arguments)
+    state = args.recurrent_state
+    assert args.rule in TRANSPOSED_RULES and state.shape[3] == state.shape[4] and args.b is not None
+    weights, selected = _selection(args)
+
+    def gate(x: Tensor) -> Tensor:
+        """``[B, 1, m, HV]`` -> ``[B * M', HV]``."""
+        return torch.where(selected, x.squeeze(1), NEVER).flatten(0, 1)
+
+    qkv, window = _convolve_selected(args, selected)
+    o, final_state = gated_delta_net(
+        RULES[args.rule],
+        qkv.flatten(0, 1),
+        None if args.a is None else gate(args.a),
+        gate(args.b),
+        state.flatten(0, 1).float(),  # a memory is a sequence to the node
+        args.A_log,
+        args.dt_bias,
+        args.scale,
+    )
+    o = o.view(*qkv.shape[:2], -1)
+    return _read(args, o, weights), final_state.to(state.dtype).view(state.shape), o if window is None else window
 
 
 def touched_step(indices: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,10 +75,13 @@ def touched_step(indices: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor
     batch, memories = args.recurrent_state.shape[:2]
     weights, chosen = _route(args)
     if args.shared:  # not as padding: ONNX Runtime pads integers on the CPU alone
-        last = torch.tensor([[memories - 1]], device=chosen.device).expand(batch, 1)
-        chosen, weights = torch.cat([chosen, last], 1), F.pad(weights, (0, 1), value=1.0)
+        # Nor by a concatenation: of unequal parts, CUDA copies their sizes and addresses to the device first.
+        rank = torch.arange(args.topk, device=chosen.device).expand(batch, args.topk)
+        last = torch.full((1, args.topk + 1), memories - 1, device=chosen.device).expand(batch, args.topk + 1)
+        chosen, weights = last.scatter(1, rank, chosen), F.pad(weights, (0, 1), value=1.0)
     indices.append(chosen)
-    pool = torch.arange(batch, device=chosen.device).unsqueeze(1) * memories + chosen  # [B, k']
+    first = torch.arange(batch, device=chosen.device).unsqueeze(1)
+    pool = first * memories + chosen  # [B, k']
 
     def pick(x: Tensor) -> Tensor:
         """``[B, M', ...]`` -> ``[B, k', ...]``; with one entry for all memories, that one."""
@@ -65,8 +90,10 @@ def touched_step(indices: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor
         return x.flatten(0, 1).index_select(0, pool.flatten()).unflatten(0, pool.shape)
 
     gates = _Gates(*(None if gate is None else pick(gate) for gate in _gates(args)))
-    kv = pick(args.kv.squeeze(1)).expand(*pool.shape, args.kv.shape[3])
-    qkv, window = _convolve(args, kv, None if args.conv_state is None else pick(args.conv_state))
+    blocks, place = _blocks(args)
+    index = first.unsqueeze(2) * blocks.shape[1] + place.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
+    qkv = blocks.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).flatten(2)
+    qkv, window = _convolve(args, qkv, None if args.conv_state is None else pick(args.conv_state))
     o, state = _remember(args, qkv, gates, pick(args.recurrent_state))
     return _read(args, o, weights), state, o if window is None else window
 
@@ -91,6 +118,16 @@ def _route(args: Arguments) -> tuple[Tensor, Tensor]:
     return torch.softmax(values, -1), chosen
 
 
+def _selection(args: Arguments) -> tuple[Tensor, Tensor]:
+    """The memories' weights ``[B, M']`` and whether they are selected ``[B, M', 1]``."""
+    batch, memories = args.recurrent_state.shape[:2]
+    weights, chosen = _route(args)
+    # Below zero, and nothing in a sum, where not selected: a weight of zero may be a selected one that underflowed.
+    rest = torch.tensor([[-1e-30] * (memories - args.shared) + [1.0] * args.shared])
+    weights = rest.expand(batch, memories).scatter(1, chosen, weights)
+    return weights, weights.unsqueeze(2) >= 0
+
+
 def _gates(args: Arguments) -> _Gates:
     a, b, (batch, _, value_heads) = args.a, args.b, args.recurrent_state.shape[:3]
     if RULES[args.rule].gate == "head":
@@ -107,26 +144,45 @@ def _gates(args: Arguments) -> _Gates:
     return _Gates(decay.view(batch, -1, value_heads), beta.view(batch, -1, value_heads), None)
 
 
-def _convolve(args: Arguments, kv: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """q, k and v behind convolution and SiLU ``[B, m, C]``, and the new window of ``past`` ``[B, m, C, W-1]``."""
-    qkv = torch.cat([args.q.expand(*kv.shape[:2], args.q.shape[2]), kv], 2)
+def _blocks(args: Arguments) -> tuple[Tensor, Tensor]:
+    """q, k and v of all groups in blocks ``[B, P, unit]``, and those of each memory ``[M', blocks]``: one gather."""
+    groups, width = args.kv.shape[2:]
+    keys, memories = args.q.shape[2], args.recurrent_state.shape[1]
+    place = convolution_blocks(keys, width - keys, groups, memories, args.q.device)
+    # Two products of one x side by side: as one, see join_products.
+    projected = torch.cat([args.q, args.kv.flatten(2)], 2).squeeze(1)
+    return projected.unflatten(1, (-1, (keys + width) // place.shape[1])), place
+
+
+def _convolve_selected(args: Arguments, selected: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q, k and v of every memory ``[B, M', C]``, and the windows, of which only the selected ones moved on."""
+    blocks, place = _blocks(args)
+    qkv = blocks.index_select(1, place.flatten()).unflatten(1, place.shape).flatten(2)
+    qkv, window = _convolve(args, qkv, args.conv_state)
+    if window is not None and args.conv_state is not None:
+        window = torch.where(selected.unsqueeze(3), window, args.conv_state)
+    return qkv, window
+
+
+def _convolve(args: Arguments, qkv: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``[B, m, C]`` behind convolution and SiLU, and the new window of ``past`` ``[B, m, C, W-1]``."""
     if past is None:
         return F.silu(qkv), None
     assert args.conv_weight is not None
-    # The channels of all memories in one axis, as the graphs carry the state.
-    weight = args.conv_weight.to(qkv.dtype).unsqueeze(1).repeat(kv.shape[1], 1, 1)
-    y, window = causal_conv(qkv.flatten(1).unsqueeze(2), weight, past.to(qkv.dtype).flatten(1, 2), "silu")
+    # Memories are batches to the node: all in one axis of channels, they would need a copy of the weight each.
+    weight, rows = args.conv_weight.to(qkv.dtype).unsqueeze(1), qkv.flatten(0, 1).unsqueeze(2)
+    y, window = causal_conv(rows, weight, past.to(qkv.dtype).flatten(0, 1), "silu")
     return y.view(qkv.shape), window.view(past.shape).to(past.dtype)
 
 
 def _remember(args: Arguments, qkv: Tensor, gates: _Gates, state: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of q and k and the rule: o ``[B, m, HV * V]`` and the new state."""
     rule, key_size, (memories, value_heads, key_dim, value_dim) = RULES[args.rule], args.q.shape[2], state.shape[1:]
-    qk, v = qkv.split([2 * key_size, value_heads * value_dim], 2)
+    # In three: CUDA splits unequal parts in one launch only so.
+    q, k, v = qkv.split([key_size, key_size, value_heads * value_dim], 2)
     # x rsqrt(sum x^2 + 1e-6), as an RMSNorm.
     unit = torch.full((key_dim,), key_dim**-0.5)
-    qk = rms_norm(qk.unflatten(2, (-1, key_dim)), (key_dim,), unit, 1e-6 / key_dim)
-    q, k = qk.split(key_size // key_dim, 2)
+    q, k = (rms_norm(x.unflatten(2, (-1, key_dim)), (key_dim,), unit, 1e-6 / key_dim) for x in (q, k))
     v = v.unflatten(2, (value_heads, value_dim))
     if gates.dt is not None:
         v = v * gates.dt.unsqueeze(3)

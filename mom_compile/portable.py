@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .ops import l2_norm
 from .ops.memory_rule import recurrent
-from .projections import retention_gate, route_and_gate
+from .projections import convolution_blocks, retention_gate, route_and_gate
 from .state import LayerState
 
 if TYPE_CHECKING:
@@ -61,9 +61,8 @@ def forward(
     source, filled = source.transpose(1, 2), filled.transpose(1, 2)  # [B, T, M']
     first = torch.arange(batch, device=x.device).view(batch, 1, 1) * length
     token = first + source
-    kv = torch.unflatten(F.linear(x, layer.kv_proj.flatten(0, 1)), 2, (layer.kv_proj.shape[0], -1))
     # Slots without a token hold the first token's: no rank reads them, and the gates keep them out of the memories.
-    qkv = torch.cat([_rows(layer.q_proj(x), token), _group_rows(kv, token)], 3)  # [B, T, M', C]
+    qkv = _memory_rows(layer, x, token)  # [B, T, M', C]
     new_state: LayerState = {}
     if config.use_short_conv:
         qkv, new_state["conv_state"] = _convolve(layer, qkv, state, total)
@@ -105,8 +104,19 @@ def forward(
     return torch.unflatten(o, 2, (value_heads, config.value_dim)), new_state, routing.logits
 
 
+def _memory_rows(layer: MoMAttention, x: Tensor, token: Tensor) -> Tensor:
+    """q, k and v of the tokens ``[B, T, M']`` for each memory, ``[B, T, M', C]``, by one gather."""
+    groups, memories = layer.kv_proj.shape[0], token.shape[2]
+    place = convolution_blocks(layer.key_size, layer.value_size, groups, memories, x.device)  # [M', blocks]
+    projected = torch.cat([layer.q_proj(x), F.linear(x, layer.kv_proj.flatten(0, 1))], 2)
+    unit = (2 * layer.key_size + layer.value_size) // place.shape[1]
+    blocks = projected.unflatten(2, (-1, unit))  # [B, T, P, unit]
+    index = token.unsqueeze(3) * blocks.shape[2] + place
+    return _rows(blocks.flatten(1, 2), index).flatten(3)
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """``[B, P, n]`` and indices ``[B, T, m]`` into its first two axes together -> ``[B, T, m, n]``."""
+    """``[B, P, n]`` and indices ``[B, T, ...]`` into its first two axes together -> ``[B, T, ..., n]``."""
     return torch.unflatten(x.flatten(0, 1).index_select(0, index.flatten()), 0, index.shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -110,6 +111,18 @@ def route_and_gate(
         return Routing(chosen, router_indices, logits), gates
     selected, indices = route(logits, layer.config.topk)
     return Routing(selected, indices, logits), gates
+
+
+def convolution_blocks(key_size: int, value_size: int, groups: int, memories: int, device: torch.device) -> Tensor:
+    """Where each memory's q, k and v lie in ``[q, k and v of each group]``, ``[M', blocks]`` int64.
+
+    Everything is counted in blocks of gcd(key_size, value_size) channels, so that one gather of blocks gives all.
+    """
+    unit = math.gcd(key_size, value_size)
+    keys, others = key_size // unit, (key_size + value_size) // unit
+    group = torch.arange(memories, device=device).unsqueeze(1) * int(groups > 1)
+    q = torch.arange(keys, device=device).expand(memories, keys)
+    return torch.cat([q, keys + group * others + torch.arange(others, device=device)], 1)
 
 
 def retention_gate(value_heads: int, device: torch.device) -> Tensor:

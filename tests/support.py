@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mom_compile.export.views import VIEWS
 from mom_compile.ops import RULES, DispatchPlan, dispatch, l2_norm
 
 # The CPU by default; TRITON_INTERPRET=1 runs the same tests through the Triton kernels.
@@ -23,6 +25,20 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     difference = (actual.double() - expected.double()).norm().item()
     scale = expected.double().norm().item()
     return difference / scale if scale > 1e-12 else difference
+
+
+def launches(graph: Any) -> list[str]:
+    """Operators of the nodes of an ONNX graph that ONNX Runtime runs for a batch of fixed size.
+
+    Not those that only rename axes, nor what depends on no input's values: that is computed when a session is made.
+    """
+    changing = {value.name for value in graph.input}
+    found = []
+    for node in graph.node:
+        if node.op_type != "Shape" and changing.intersection(node.input):
+            changing.update(node.output)
+            found += [] if node.op_type in VIEWS else [node.op_type]
+    return found
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from models import tiny_model
+from support import launches
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
 from mom_compile.export import artifact
-from mom_compile.export.precision import _drop_repeated, _infer_shapes, _router_path, _state_path
+from mom_compile.export.onnx_artifact import _graph
+from mom_compile.export.precision import _drop_repeated, _infer_shapes, _router_path, _state_path, lower_precision
+from mom_compile.export.products import join_swiglu
 
 PRECISIONS = ("float16", "int8", "int4")
 READERS = ("TopK", "LinearAttention")
@@ -39,6 +42,52 @@ def exported(model: MoMForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
         return folder / precision
 
     return make
+
+
+@pytest.mark.parametrize(("name", "limit"), [("decode", 30), ("decode_touched", 34), ("decode_cuda", 26)])
+def test_a_token_takes_few_nodes_in_float16(name: str, limit: int) -> None:
+    """Each is a kernel to launch; and none may copy a table from the host, as unequal parts do beside a last axis."""
+    import onnx_ir as ir
+    from onnx import numpy_helper
+
+    model = tiny_model("gated_delta", num_hidden_layers=2)
+    graph = ir.to_proto(lower_precision(_graph(model, "onnxruntime", name), "float16")).graph
+    operators = launches(graph)
+    assert operators.count("Concat") == 0, sorted(operators)
+    assert len(operators) <= 2 * limit + 4, sorted(operators)
+    constants = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Split" and len(node.input) > 1:
+            assert len(node.output) == 3 or len(set(constants[node.input[1]])) == 1, node
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_a_gated_product_of_float16_is_one_node(size: float) -> None:
+    """GatedRMSNorm with its norm switched off: as near to the product as float16 is, small or large."""
+    import onnx_ir as ir
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    x, gate, up = (rng.standard_normal(shape).astype(np.float16) for shape in ((3, 16), (16, 48), (16, 48)))
+    up = (up * size).astype(np.float16)
+    edges = [("MatMul", ["x", "gate"], "a"), ("MatMul", ["x", "up"], "b"), ("Sigmoid", ["a"], "s")]
+    edges += [("Mul", ["a", "s"], "silu"), ("Mul", ["silu", "b"], "y"), ("Neg", ["y"], "o")]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [3, n]) for name, n in (("x", 16), ("o", 48))]
+    weights = [numpy_helper.from_array(gate, "gate"), numpy_helper.from_array(up, "up")]
+    nodes = [helper.make_node(operator, inputs, [output]) for operator, inputs, output in edges]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", values[:1], values[1:], weights), opset_imports=opsets, ir_version=10
+    )
+    model = ir.from_proto(proto)
+    join_swiglu(model.graph)
+    assert [node.op_type for node in model.graph] == ["MatMul", "MatMul", "GatedRMSNorm", "Neg"]
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    a, b = (x.astype(np.float64) @ weight.astype(np.float64) for weight in (gate, up))
+    expected = -a / (1 + np.exp(-a)) * b
+    actual = session.run(None, {"x": x})[0].astype(np.float64)
+    assert np.linalg.norm(actual - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("precision", [pytest.param("float16", marks=pytest.mark.slow), *PRECISIONS[1:]])
