@@ -200,19 +200,20 @@ class OnnxRunner(Runner):
         by the graph whose states are transposed, which is the fast one on CUDA; None: there, where the artifact has it.
         On the CUDA provider the whole states stay on the device.
         """
-        if touched is None:
-            touched = self.has_touched_decode and not aliased and not self._on_gpu
-        if touched:
-            return self._touched_loop(state, batch_size)
-        captures = any(str(options.get("enable_cuda_graph", "0")) == "1" for options in self._provider_options)
-        aliased |= captures
-        if transposed is None:
-            transposed = CUDA_GRAPH in self.manifest["graphs"] and self._device == "cuda"
-        if transposed and CUDA_GRAPH not in self.manifest["graphs"]:
+        has_transposed = CUDA_GRAPH in self.manifest["graphs"]
+        if transposed and not has_transposed:
             raise ValueError(
                 f"transposed must be False for this artifact, got True; it has no {CUDA_GRAPH} graph: export with "
                 "precision float16 a model of a delta rule with value heads as wide as its key heads"
             )
+        captures = any(str(options.get("enable_cuda_graph", "0")) == "1" for options in self._provider_options)
+        aliased |= captures
+        if touched is None:
+            touched = self.has_touched_decode and not (aliased or transposed or self._on_gpu)
+        if touched:
+            return self._touched_loop(state, batch_size)
+        if transposed is None:
+            transposed = has_transposed and self._device == "cuda"
         session = self._session(CUDA_GRAPH if transposed else self._graph_name(1))
         feeds = self._feeds(self._check_state(batch_size, state))
         if transposed:
@@ -220,9 +221,9 @@ class OnnxRunner(Runner):
                 _graph_state(name): value.swapaxes(2, 3) if name.endswith("recurrent_state") else value
                 for name, value in feeds.items()
             }
+        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         sets = [
-            {name: self._ort_value(array.copy("C")) for name, array in feeds.items()}
-            for _ in range(1 if aliased else 2)
+            {name: self._ort_value(array.copy()) for name, array in feeds.items()} for _ in range(1 if aliased else 2)
         ]
         ids = np.zeros((batch_size, 1), np.int64)
         inputs = {name: self._ort_value(value) for name, value in self._inputs(ids).items()}
