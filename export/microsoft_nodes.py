@@ -39,7 +39,9 @@ def linear_attention(
 
 def gated_delta_net(
     rule: Rule,
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     a: Tensor | None,
     b: Tensor,
     state: Tensor,
@@ -47,19 +49,18 @@ def gated_delta_net(
     dt_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """One token a row of a delta rule: GatedDeltaNet, the norm of q and k and the gates in it.
+    """One token a sequence of a delta rule: GatedDeltaNet, the norm of q and k and the gates in it.
 
-    Its norm divides by the root of a sum of squares without our 1e-6. ``qkv`` ``[N, 2 H K + HV V]``, ``a`` and ``b``
-    ``[N, HV]`` as projected, ``state`` transposed, ``[N, HV, V, K]``; o ``[N, HV, V]``.
+    Its norm divides by the root of a sum of squares without our 1e-6. q and k ``[B, h, K]``, v ``[B, hv, V]``, a and b
+    ``[B, hv]`` as projected, ``state`` transposed, ``[B, hv, V, K]``; o ``[B, hv, V]``.
     """
-    rows, heads, value_dim = state.shape[:3]
-    inputs: list[Tensor | None] = [qkv, None, None, None, a, b, state, A_log, dt_bias]
+    inputs: list[Tensor | None] = [q, k, v, None, a, b, state, A_log, dt_bias]
     while inputs[-1] is None:
         inputs.pop()
     attributes = {"update_rule": _RULES[rule.name], "qk_l2_norm": 1, "beta_activation": "sigmoid", "scale": scale}
     if a is not None:
         attributes["gate_activation"] = "qwen"
-    o, final_state = _node("GatedDeltaNet", inputs, attributes, ((rows, heads, value_dim), state.shape))
+    o, final_state = _node("GatedDeltaNet", inputs, attributes, (v.shape, state.shape))
     return o, final_state
 
 

@@ -7,6 +7,7 @@ the rule's norm and gates in one node, which is the fast one on CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,25 +48,30 @@ def transposed_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`masked_step` for ``TRANSPOSED_RULES`` and K = V; the states come and go transposed, V before K."""
     args = _one_token(arguments)
     state = args.recurrent_state
-    assert args.rule in TRANSPOSED_RULES and state.shape[3] == state.shape[4] and args.b is not None
+    memories, _, key_dim, value_dim = state.shape[1:]
+    assert args.rule in TRANSPOSED_RULES and key_dim == value_dim and args.b is not None
     weights, selected = _selection(args)
 
     def gate(x: Tensor) -> Tensor:
-        """``[B, 1, m, HV]`` -> ``[B * M', HV]``."""
-        return torch.where(selected, x.squeeze(1), NEVER).flatten(0, 1)
+        """``[B, 1, m, HV]`` -> ``[B, M' * HV]``."""
+        return torch.where(selected, x.squeeze(1), NEVER).flatten(1)
+
+    def heads(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat(memories)
 
     qkv, window = _convolve_selected(args, selected)
+    q, k, v = (part.unflatten(2, (-1, key_dim)).flatten(1, 2) for part in _split(args, qkv))
+    # The states in the shape that the graph gives and takes them: another would be a copy.
     o, final_state = gated_delta_net(
         RULES[args.rule],
-        qkv.flatten(0, 1),
+        *(q, k, v),
         None if args.a is None else gate(args.a),
         gate(args.b),
-        state.flatten(0, 1).float(),  # a memory is a sequence to the node
-        args.A_log,
-        args.dt_bias,
+        state.flatten(1, 2).float(),
+        *(heads(args.A_log), heads(args.dt_bias)),
         args.scale,
     )
-    o = o.view(*qkv.shape[:2], -1)
+    o = o.view(-1, memories, o.shape[1] // memories * value_dim)
     return _read(args, o, weights), final_state.to(state.dtype).view(state.shape), o if window is None else window
 
 
@@ -175,11 +181,16 @@ def _convolve(args: Arguments, qkv: Tensor, past: Tensor | None) -> tuple[Tensor
     return y.view(qkv.shape), window.view(past.shape).to(past.dtype)
 
 
+def _split(args: Arguments, qkv: Tensor) -> Sequence[Tensor]:
+    """q, k and v of ``[B, m, C]``. In three: CUDA splits unequal parts in one launch only so."""
+    keys = args.q.shape[2]
+    return qkv.split([keys, keys, qkv.shape[2] - 2 * keys], 2)
+
+
 def _remember(args: Arguments, qkv: Tensor, gates: _Gates, state: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of q and k and the rule: o ``[B, m, HV * V]`` and the new state."""
-    rule, key_size, (memories, value_heads, key_dim, value_dim) = RULES[args.rule], args.q.shape[2], state.shape[1:]
-    # In three: CUDA splits unequal parts in one launch only so.
-    q, k, v = qkv.split([key_size, key_size, value_heads * value_dim], 2)
+    rule, (memories, value_heads, key_dim, value_dim) = RULES[args.rule], state.shape[1:]
+    q, k, v = _split(args, qkv)
     # x rsqrt(sum x^2 + 1e-6), as an RMSNorm.
     unit = torch.full((key_dim,), key_dim**-0.5)
     q, k = (rms_norm(x.unflatten(2, (-1, key_dim)), (key_dim,), unit, 1e-6 / key_dim) for x in (q, k))
