@@ -176,6 +176,11 @@ def instead_of_launches(
         _hook, _architecture = before
 
 
+def launches_run() -> bool:
+    """Whether launches are run, and not recorded or traced."""
+    return _hook is None
+
+
 def fork(device: torch.device) -> torch.cuda.Stream | None:
     """A stream behind what was launched so far: its kernels may run beside those that are launched until :func:`join`.
     None where launches do not run on a GPU."""

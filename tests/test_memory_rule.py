@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +225,49 @@ def test_states_from_v_new_are_those_of_the_forward() -> None:
     _, replayed, _ = launch._scan(launch._heads(q, v, g, None), k, v_new, gates, order, None, None, tables)
     # The sums of a GPU are split differently in the two kernels: a few of the stored states round to a neighbour.
     assert relative(replayed, states) <= (0 if INTERPRET else 2e-4)
+
+
+@pytest.mark.skipif(not INTERPRET and not ON_GPU, reason="of the kernels")
+@pytest.mark.parametrize("kind", ["random", "correlated", "strong-decay"])
+@pytest.mark.parametrize(("rule", "key_dim"), [("gated_delta", 64), ("delta", 128)])
+def test_long_segments_in_pieces(rule: str, key_dim: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two chunks, of segments that are empty, shorter than one and of several; between buffers of NaN."""
+    from test_guard_bands import BAND, Guards
+
+    from mom_compile.ops.memory_rule import launch
+
+    # Undo what is remembered of configurations: they hold the size of a piece.
+    monkeypatch.setattr(launch, "_config", launch._config.__wrapped__)
+    monkeypatch.setattr(launch, "PIECE", 2)
+    monkeypatch.setattr(launch, "_in_pieces", lambda heads, *_: heads.dtype == torch.bfloat16)
+    bounds = torch.tensor([0, 0, 3, 3 + 64 * 5 - 1, 64 * 11])
+    inputs = [x for x in rule_inputs(rule, (1, 64 * 11), 1, 2, key_dim, 64, kind) if x is not None]
+    inputs = [*(x.bfloat16() for x in inputs[:3]), *inputs[3:]]
+    state = torch.randn(4, 2, key_dim, 64)
+    function = getattr(ops, f"chunk_{RULES[rule].op}")
+    expected = function(*(x.double() for x in inputs), initial_state=state.double(), cu_seqlens=bounds)
+    kernels: list[str] = []
+    run = launch._run
+
+    def recorded(kernel: Any, *args: Any) -> None:
+        kernels.append(kernel.__name__)
+        run(kernel, *args)
+
+    monkeypatch.setattr(launch, "_run", recorded)
+    with torch.no_grad(), Guards() as guards:
+        o, final_state = function(*inputs, initial_state=state, cu_seqlens=bounds)
+    assert [name for name in kernels if name.startswith(("chunk_scan", "chunk_piece", "chunk_join"))] == [
+        "chunk_join_kernel",
+        "chunk_piece_kernel",
+    ]
+    assert_close(o, expected[0], TOLERANCES[torch.bfloat16], "o")
+    assert_close(final_state, expected[1], TOLERANCES[torch.bfloat16], "state")
+    assert torch.equal(final_state[0], state[0])
+    for buffer, size in guards.buffers:
+        if buffer.dtype.is_floating_point:
+            assert buffer[:BAND].isnan().all() and buffer[BAND + size :].isnan().all()
+    function(*(x.requires_grad_() for x in inputs), initial_state=state, cu_seqlens=bounds)
+    assert kernels[-2:] == ["chunk_scan_kernel", "chunk_out_kernel"]  # what a backward computes again is scanned whole
 
 
 @pytest.mark.skipif(not INTERPRET and not ON_GPU, reason="of the kernels")

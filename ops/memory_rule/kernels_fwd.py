@@ -368,27 +368,19 @@ def chunk_pairs_kernel(
         store_rows(inverse + square_offset, unit_lower_inverse(kk, PRECISION), row, square, HV * ROWS, ROWS)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def chunk_scan_kernel(
-    k, v, gates, inverse, initial_state, order, segment_start, segment_length, rows, final_state, states, v_new,
+@helper
+def scan_chunks(
+    k, v, gates, inverse, states, v_new, state, start, length, head, col, value, keep,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
-    BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, SHIFT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state through the chunks of one segment, for one value head and block of the state: NK tiles of BK rows, BV
-    columns. With the delta a block has all rows."""
-    segment, head, block = chain_of(order, tl.cdiv(K, NK * BK) * tl.cdiv(V, BV), HV)
+    """A block of the state, NK tiles ``[BK, BV]``, behind ``length`` rows from ``start`` on.
+
+    Stores the states before each chunk and v_new, where they are not None. Its columns of v are ``value - SHIFT``; none
+    where ``keep`` is 0.
+    """
     row, square = tl.arange(0, ROWS), tl.arange(0, ROWS)
-    col = block // tl.cdiv(V, BV) * (NK * BK) + tl.arange(0, BK)
-    value = block % tl.cdiv(V, BV) * BV + tl.arange(0, BV)
-    start, length = load_span(segment_start, segment_length, segment, rows)
-    state_offset = (segment * HV + head) * K * V
-    state = ()
-    for b in tl.static_range(NK):
-        if initial_state is None:
-            tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
-        else:
-            tile = load_state(initial_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
-        state = state + (tile,)  # type: ignore[assignment]
     chunks = (length + ROWS - 1) // ROWS
     table = gates
     if HAS_GATE or HAS_DELTA:
@@ -405,8 +397,13 @@ def chunk_scan_kernel(
         source = (first * H + head // (HV // H)) * K
         target = (first * HV + head) * V
         k_tiles = load_key_tiles(k + source, row, col, H * K, count, K, NK, PRECISION)
-        v_tile = load_rows(v + target, row, value, HV * V, count, V).to(tl.float32)
-        before = states + (chunk * HV + head) * K * V
+        v_count = count
+        if SHIFT > 0:
+            v_count = count * keep
+        v_tile = load_rows(v + target, row, value - SHIFT, HV * V, v_count, V).to(tl.float32)
+        before = states
+        if states is not None:
+            before = states + (chunk * HV + head) * K * V
         if not HAS_DELTA:
             for b in tl.static_range(NK):
                 store_state(before, state[b], b * BK + col, value, K, V)
@@ -414,7 +411,8 @@ def chunk_scan_kernel(
             read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             for b in tl.static_range(NK):
                 # One tile after the other, so that they can share their place in shared memory.
-                store_state(before, state[b], b * BK + col, value, K, V)
+                if states is not None:
+                    store_state(before, state[b], b * BK + col, value, K, V)
                 k_tile = key_tile(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
                 read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
             if HAS_GATE:
@@ -423,10 +421,11 @@ def chunk_scan_kernel(
             a_tile = load_square(inverse + (first * HV + head) * ROWS, row, square, HV * ROWS, 1)
             zero = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             v_tile = product(a_tile, v_tile.to(a_tile.dtype), zero, PRECISION)
-            store_rows(v_new + target, v_tile, row, value, HV * V, V)
+            if v_new is not None:
+                store_rows(v_new + target, v_tile, row, value, HV * V, V)
             if HAS_GATE:
                 # As it is kept: the backward's states come from v_new, and no later read corrects what would differ.
-                v_tile = v_tile.to(v_new.dtype.element_ty).to(tl.float32)
+                v_tile = v_tile.to(v.dtype.element_ty).to(tl.float32)
         if HAS_GATE:
             v_tile *= to_end[:, None]
         fence_copies(FENCE)
@@ -438,6 +437,33 @@ def chunk_scan_kernel(
                 tile *= total
             after = after + (product(k_tile_t, v_tile.to(k_tile_t.dtype), tile, PRECISION),)  # type: ignore[assignment]
         state = after
+    return state
+
+
+@triton.jit(do_not_specialize=["rows"])
+def chunk_scan_kernel(
+    k, v, gates, inverse, initial_state, order, segment_start, segment_length, rows, final_state, states, v_new,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
+    BV: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state through the chunks of one segment, for one value head and block of the state: NK tiles of BK rows, BV
+    columns. With the delta a block has all rows."""
+    segment, head, block = chain_of(order, tl.cdiv(K, NK * BK) * tl.cdiv(V, BV), HV)
+    col = block // tl.cdiv(V, BV) * (NK * BK) + tl.arange(0, BK)
+    value = block % tl.cdiv(V, BV) * BV + tl.arange(0, BV)
+    start, length = load_span(segment_start, segment_length, segment, rows)
+    state_offset = (segment * HV + head) * K * V
+    state = ()
+    for b in tl.static_range(NK):
+        if initial_state is None:
+            tile = tl.full([BK, BV], 0.0, dtype=tl.float32)
+        else:
+            tile = load_state(initial_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
+        state = state + (tile,)  # type: ignore[assignment]
+    state = scan_chunks(
+        k, v, gates, inverse, states, v_new, state, start, length, head, col, value, 1,
+        H, HV, K, V, BK, NK, BV, 0, HAS_GATE, HAS_DELTA, FENCE, PRECISION,
+    )  # fmt: skip
     for b in tl.static_range(NK):
         store_state(final_state + state_offset, state[b], b * BK + col, value, K, V)
 

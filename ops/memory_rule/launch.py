@@ -20,6 +20,7 @@ from .._launch import (
     fork,
     join,
     launch,
+    launches_run,
     next_power_of_2,
     pointer,
     remembered,
@@ -30,6 +31,7 @@ from .._layout import CHUNK
 from .._triton import INTERPRET
 from .kernels_bwd import chunk_bwd_kernel, chunk_pairs_bwd_kernel, chunk_scan_bwd_kernel
 from .kernels_fwd import chunk_out_kernel, chunk_pairs_kernel, chunk_scan_kernel, scan_tables_kernel
+from .kernels_pieces import chunk_join_kernel, chunk_piece_kernel, chunk_transition_kernel
 from .kernels_recurrent import recurrent_kernel
 from .rules import SAVE_INVERSE, SAVE_SCORES, SAVE_STATES, SAVE_V_NEW
 
@@ -38,6 +40,8 @@ LARGE_KB = 200
 PROCESSORS = 132
 """Thread blocks that the scans aim at: fewer leave processors idle, and each step waits for the one before."""
 MANY = 1 << 20
+PIECE = 32
+"""Chunks of a piece, where a long segment is scanned in several at once."""
 FENCED = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
 """Whether Triton puts the proxy fence between pipelined loads and the products of sm_90 that read them."""
 
@@ -97,8 +101,10 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
         warps = 2  # its time is the inverse, small products whose operands change places: the fewer warps the better
     elif kernel in (chunk_pairs_kernel, chunk_pairs_bwd_kernel) and not wide and large:
         stages, registers = 3, 168 if heads.delta else None  # three thread blocks a processor
-    constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
-    constants["HAS_DELTA"] = heads.delta
+    precision = "ieee" if wide else "interpreter" if INTERPRET else "tf32"
+    if kernel in _PIECES:
+        return _piece_config(kernel, heads, constants | {"V": heads.V, "PIECE": PIECE, "PRECISION": precision})
+    constants |= {"BK": bk, "PRECISION": precision, "HAS_DELTA": heads.delta}
     if kernel is not chunk_scan_bwd_kernel:
         computed = kernel is chunk_scan_kernel and (heads.gate or heads.delta)
         constants["FENCE"] = stages > 1 and not (FENCED or computed)
@@ -116,6 +122,28 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     elif kernel is chunk_bwd_kernel:
         blocks = 1
     return Config(constants, warps, stages, registers=registers), blocks
+
+
+_PIECES = (chunk_transition_kernel, chunk_join_kernel, chunk_piece_kernel)
+
+
+def _piece_config(kernel: Any, heads: _Heads, constants: dict[str, Any]) -> tuple[Config, int]:
+    """As :func:`_config`, for the scan in pieces."""
+    key, value = heads.K, heads.V
+    if kernel is chunk_join_kernel:
+        del constants["H"], constants["HAS_GATE"]
+        return Config(constants | {"BK": 32, "BV": 16}, num_stages=2), value // 16
+    columns = 32 if kernel is chunk_piece_kernel and key <= 128 else 64
+    bk, stages = min(key, 256 if columns == 32 else 128), 3 if columns == 32 else 2
+    constants |= {"BK": bk, "NK": key // bk, "BV": columns, "FENCE": False}
+    return Config(constants, num_stages=stages), (value + (key if kernel is chunk_transition_kernel else 0)) // columns
+
+
+def _in_pieces(heads: _Heads, chains: int, chunks: int, segments: int, shared_kb: int) -> bool:
+    """Whether few long chains are worth the work of the scan in pieces, more than twice that of the plain one."""
+    fits = heads.delta and heads.dtype != torch.float32 and heads.K in (64, 128, 256) and heads.V % 64 == 0
+    long = segments <= 16 and chunks >= 4 * PIECE * segments
+    return fits and long and shared_kb >= LARGE_KB and chains * cdiv(heads.V, 16) <= PROCESSORS
 
 
 def _few(heads: _Heads, chains: int) -> bool:
@@ -214,6 +242,35 @@ def _scan(
     return final_state, states, v_new
 
 
+def _scan_in_pieces(
+    heads: _Heads,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor | None,
+    inverse: Tensor | None,
+    initial_state: Tensor | None,
+    tables: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_scan`. The states differ by rounding: not for a backward, which computes them again."""
+    segment_start, segment_length, chunk_segment = tables
+    rows, segments = k.shape[0], segment_start.shape[0]
+    pieces = chunk_segment.shape[0] // PIECE + segments  # at most
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    final_state = v.new_empty(segments, heads.HV, heads.K, heads.V, dtype=dtype)
+    states, v_new = v.new_empty(chunk_segment.shape[0], heads.HV, heads.K, heads.V), torch.empty_like(v)
+    transitions = gates.new_empty(pieces, heads.HV, heads.K, heads.K + heads.V)  # type: ignore[union-attr]
+    starts = transitions.new_empty(pieces, heads.HV, heads.K, heads.V)
+    spans, programs = (segment_start, segment_length, segments), pieces * heads.HV
+    _run(chunk_transition_kernel, heads, programs, k, v, gates, inverse, *spans, rows, transitions)
+    _run(
+        chunk_join_kernel, heads, segments * heads.HV, transitions, initial_state, *spans[1:], starts, final_state
+    )  # fmt: skip
+    _run(
+        chunk_piece_kernel, heads, programs, k, v, gates, inverse, *spans, rows, starts, final_state, states, v_new
+    )  # fmt: skip
+    return final_state, states, v_new
+
+
 def chunk_fwd(
     q: Tensor,
     k: Tensor,
@@ -231,9 +288,14 @@ def chunk_fwd(
     heads, tables = _heads(q, v, g, beta), (segment_start, segment_length, chunk_segment)
     gates, order = _scan_tables(heads, g, beta, tables)
     inverse, scores = _pairs(heads, q, k, g, beta, tables, scale)
-    final_state, states, v_new = _scan(
-        heads, k, v, gates, order, inverse, initial_state, tables, bool(save & SAVE_STATES)
-    )
+    segments, chunks = segment_start.shape[0], chunk_segment.shape[0]
+    alone = save == 0 and launches_run()  # nothing else computes these states again, or plans these launches
+    if alone and _in_pieces(heads, segments * heads.HV, chunks, segments, shared_memory_kb(q.device)):
+        final_state, states, v_new = _scan_in_pieces(heads, k, v, gates, inverse, initial_state, tables)
+    else:
+        final_state, states, v_new = _scan(
+            heads, k, v, gates, order, inverse, initial_state, tables, bool(save & SAVE_STATES)
+        )
     o = torch.empty_like(v)
     programs = v.shape[0] // CHUNK * heads.HV
     _run(chunk_out_kernel, heads, programs, q, gates, v_new, scores, states, *tables, segment_start.shape[0], o, scale)
@@ -351,7 +413,7 @@ def recurrent_fwd(
 _TYPES = {
     "gates": "*fp32",
     **dict.fromkeys(("g", "state", "initial_state", "final_state", "dfinal_state", "dinitial_state"), "*fp32"),
-    **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg"), "*fp32"),
+    **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg", "transitions", "starts"), "*fp32"),
     **dict.fromkeys(("segment_start", "segment_length", "chunk_segment", "order"), "*i32"),
     **dict.fromkeys(("state_indices", "cu_seqlens"), "*i64"),
     **dict.fromkeys(("tokens", "pool", "rows", "segments", "chunks"), "i32"),
@@ -364,6 +426,7 @@ _KERNELS = (
     scan_tables_kernel,
     chunk_pairs_kernel,
     chunk_scan_kernel,
+    *_PIECES,
     chunk_out_kernel,
     chunk_scan_bwd_kernel,
     chunk_pairs_bwd_kernel,
@@ -379,14 +442,18 @@ def variants() -> Iterator[KernelVariant]:
         for dtype in KERNEL_DTYPES:
             for key, value in shapes:
                 for gate, delta in ((False, False), (True, False), (False, True), (True, True)):
-                    yield from _variants(kernel, _Heads(1, 2, key, value, dtype, gate, delta))
+                    heads = _Heads(1, 2, key, value, dtype, gate, delta)
+                    if kernel not in _PIECES or _in_pieces(heads, 1, MANY, 1, LARGE_KB):
+                        yield from _variants(kernel, heads)
 
 
 def _variants(kernel: Any, heads: _Heads) -> Iterator[KernelVariant]:
     """One for each configuration that differs between the architectures."""
     served: list[tuple[Config, list[int]]] = []
     for architecture, shared_kb in SHARED_MEMORY_KB.items():
-        for chains in (1, PROCESSORS * 32 // heads.V, MANY):
+        for chains in (MANY,) if kernel in _PIECES else (1, PROCESSORS * 32 // heads.V, MANY):
+            if kernel in _PIECES and shared_kb < LARGE_KB:
+                continue
             config, _ = _config(kernel, heads, shared_kb, chains)
             known = next((architectures for other, architectures in served if other == config), None)
             if known is None:
