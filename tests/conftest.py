@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import subprocess
 from collections.abc import Callable
@@ -45,22 +47,56 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _patch_the_language_once()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def collect_rarely() -> None:
+    """Tracing makes objects by the million, of which few are garbage: Python's collector takes 7 % of an export."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def look_functions_up_once() -> None:
+    """torch.onnx looks all that it can translate up again for every graph: an eighth of an export."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        genuine = ONNXRegistry.from_torchlib
+    except (AttributeError, ImportError):  # another torch, or no onnxscript
+        return
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(genuine))  # type: ignore[method-assign,assignment]
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 
 
+def _written_once(factory: pytest.TempPathFactory, name: str, write: Callable[[Path], object]) -> Path:
+    """A folder that the first process of this run to need it writes, and the others wait for."""
+    import fcntl
+
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / name / "artifact"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            write(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
-    """A byte-level model and its artifact; tests that damage the folder copy it first."""
+    """A byte-level model and its artifact; tests that change the folder copy it first."""
     from models import tiny_model
 
     from mom_compile import export
 
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)
-    folder = tmp_path_factory.mktemp("small") / "artifact"
-    export.to_onnx(model, folder)
-    return model, folder
+    return model, _written_once(tmp_path_factory, "small", functools.partial(export.to_onnx, model))
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +107,7 @@ def pt2_artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausal
     from mom_compile import export
 
     model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256, tie_word_embeddings=True)
-    folder = tmp_path_factory.mktemp("pt2") / "artifact"
-    export.to_pt2(model, folder)
-    return model, folder
+    return model, _written_once(tmp_path_factory, "pt2", functools.partial(export.to_pt2, model))
 
 
 @pytest.fixture

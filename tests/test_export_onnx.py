@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import VARIANTS, tiny_config, tiny_model, tokens
+from graphs import reuse_graphs
+from models import VARIANTS, tiny_model, tokens
 from support import launches, relative
 
 from mom_compile import MoMForCausalLM, export
@@ -196,25 +197,22 @@ def test_a_checkpoint_of_flash_linear_attention(target: str, tmp_path: Path) -> 
     assert relative(torch.cat(pieces, 1), expected["logits"]) < 1e-5
 
 
-def test_a_wrong_graph_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("mamba2", num_hidden_layers=1)
-    target = tmp_path / "artifact"
-    genuine = onnx_artifact._graph
-
-    def broken(model: MoMForCausalLM, target: str, name: str, *options: Any) -> object:
-        other = MoMForCausalLM(tiny_config("mamba2", num_hidden_layers=1)).eval()
-        return genuine(other if name == "decode" else model, target, name, *options)
-
-    monkeypatch.setattr(onnx_artifact, "_graph", broken)
+def test_a_wrong_graph_is_not_left_behind(
+    small_artifact: tuple[MoMForCausalLM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = small_artifact
+    reuse_graphs(monkeypatch, folder, wrong="decode.onnx")
     with pytest.raises(ValueError, match=r"agree with the model to 0\.0001(.|\n)*64 decode steps .*FAILED"):
-        export.to_onnx(model, target)
+        export.to_onnx(model, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
+    reuse_graphs(monkeypatch, folder)
+    assert export.to_onnx(model, tmp_path / "artifact").passed
 
 
 def test_an_older_artifact_survives_a_failed_export(
-    small_artifact: tuple[MoMForCausalLM, Path], monkeypatch: pytest.MonkeyPatch
+    small_artifact: tuple[MoMForCausalLM, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, target = small_artifact
+    model, target = small_artifact[0], Path(shutil.copytree(small_artifact[1], tmp_path / "artifact"))
     before = {path.name: path.read_bytes() for path in target.iterdir()}
 
     def full(*_: object) -> None:

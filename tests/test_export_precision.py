@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from graphs import reuse_graphs
 from models import tiny_model
 from support import launches
 
@@ -226,7 +227,13 @@ def test_the_keys_and_values_have_4_bits_in_int4(exported: Maker) -> None:
     assert len(levels) == 1  # the graphs read the same levels
 
 
-def test_messages(model: MoMForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages(
+    model: MoMForCausalLM,
+    exported: Maker,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ValueError, match="precision must be one of float32, float16, int8, int4, got 'int2'"):
         export.to_onnx(model, tmp_path / "x", precision="int2")
     with pytest.raises(ValueError, match="precision must be float32 for target portable, got 'int8'"):
@@ -238,6 +245,7 @@ def test_messages(model: MoMForCausalLM, tmp_path: Path, capsys: pytest.CaptureF
         "--precision must go with --to onnxruntime or --to tensorrt, got --to pt2; leave it out"
         in capsys.readouterr().err
     )
+    reuse_graphs(monkeypatch, exported("int4"))
     with pytest.raises(ValueError, match=r"agree with the model to 0\.02(.|\n)*routing forced in .*FAILED"):
         export.to_onnx(model, tmp_path / "x", precision="int4")  # random weights: not without being asked for
     assert not (tmp_path / "x").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -183,12 +184,18 @@ def test_a_damaged_program(pt2_artifact: tuple[MoMForCausalLM, Path], tmp_path: 
 
 
 def test_command_line(
-    pt2_artifact: tuple[MoMForCausalLM, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pt2_artifact: tuple[MoMForCausalLM, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Which model takes part compiled; what inductor makes of it, test_ladder.py has.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     pt2_artifact[0].save_pretrained(tmp_path / "checkpoint")
     target = str(tmp_path / "pt2")
     assert main(["export", str(tmp_path / "checkpoint"), target, "--to", "pt2"]) == 0
     assert main(["verify", target, "--checkpoint", str(tmp_path / "checkpoint")]) == 0
-    assert "64 decode steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "64 decode steps" in printed and "eager, compiled, pt2" in printed
     assert main(["generate", target, "--greedy", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("The ")

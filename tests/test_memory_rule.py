@@ -59,8 +59,14 @@ def test_chunk_lengths(rule: str, length: int) -> None:
     assert_parity(_public("chunk", rule, True), _dense_reference(rule, 16**-0.5, True), inputs)
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(20, 36), (100, 100), (128, 128)])
-@pytest.mark.parametrize("rule", ["gated_delta", "linear"])
+@pytest.mark.parametrize(
+    ("rule", "key_dim", "value_dim"),
+    [
+        *(("gated_delta", key_dim, value_dim) for key_dim, value_dim in ((20, 36), (100, 100), (128, 128))),
+        *(("linear", key_dim, value_dim) for key_dim, value_dim in ((20, 36), (100, 100))),
+        pytest.param("linear", 128, 128, marks=pytest.mark.slow),  # the tiles of 100, none of them ragged
+    ],
+)
 def test_head_dims(rule: str, key_dim: int, value_dim: int) -> None:
     inputs = [x for x in rule_inputs(rule, (1, 70), 1, 1, key_dim, value_dim) if x is not None]
     inputs.append(torch.randn(1, 1, key_dim, value_dim))
@@ -77,8 +83,22 @@ def test_chunk_hostile(rule: str, kind: str) -> None:
     assert_parity(_public("chunk", rule, False), _dense_reference(rule, 16**-0.5, False), inputs, tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("rule", ["gated_delta", "retention", "linear"])
+# Every plan with the rule that has all there is to place; with the two other kinds of gate, one of each kind of plan.
+PLANS = {
+    "gated_delta": tuple(CASES),
+    "retention": ("one-token", "65-tokens", "documents", "masked"),
+    "linear": ("7-tokens", "64-tokens", "documents"),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        pytest.param(rule, name, id=f"{rule}-{name}", marks=[] if name in plans else [pytest.mark.slow])
+        for rule, plans in PLANS.items()
+        for name in CASES
+    ],
+)
 def test_chunk_on_a_routed_plan(rule: str, name: str) -> None:
     plan, tokens, segments = CASES[name]()
     q, k, v, g, beta = rule_inputs(rule, (tokens,))

@@ -47,6 +47,7 @@ def test_fla_checkpoint(form: str) -> None:
     assert relative(torch.compile(model, backend="aot_eager", fullgraph=True)(ids).logits, logits) < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fla_checkpoint_compiled() -> None:
     model = torch.compile(MoMForCausalLM.from_pretrained(FLA), fullgraph=True)

@@ -101,7 +101,7 @@ def test_a_compiled_product_of_a_product() -> None:
 
 
 def test_a_compiled_kernel_that_spills() -> None:
-    spilling = _compile("too_many_values", N=512, kind="*fp32")
+    spilling = _compile("too_many_values", N=256, kind="*fp32")
     assert spilling.spills > SPILL_LIMIT
     assert any("bytes spilled per thread" in text for text in spilling.hazards)
 

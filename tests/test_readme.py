@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from mom_compile.cli import make_parser
 
@@ -14,8 +16,11 @@ README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_example(index: int) -> None:
+def test_example(index: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole of torch.compile but for the code that inductor makes, which test_compile.py has."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     exec(compile(EXAMPLES[index], f"README example {index}", "exec"), {"__name__": "example"})
 
 
