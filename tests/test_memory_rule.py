@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_long_segments_in_pieces(rule: str, key_dim: int, kind: str, monkeypatch
     from mom_compile.ops.memory_rule import launch
 
     # Undo what is remembered of configurations: they hold the size of a piece.
-    monkeypatch.setattr(launch, "_config", launch._config.__wrapped__)
+    monkeypatch.setattr(launch, "_config", inspect.unwrap(launch._config))
     monkeypatch.setattr(launch, "PIECE", 2)
     monkeypatch.setattr(launch, "_in_pieces", lambda heads, *_: heads.dtype == torch.bfloat16)
     bounds = torch.tensor([0, 0, 3, 3 + 64 * 5 - 1, 64 * 11])
