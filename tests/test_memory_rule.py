@@ -249,8 +249,10 @@ def test_states_from_v_new_are_those_of_the_forward() -> None:
 
 
 @pytest.mark.skipif(not INTERPRET and not ON_GPU, reason="of the kernels")
-@pytest.mark.parametrize("kind", ["random", "correlated", "strong-decay"])
-@pytest.mark.parametrize(("rule", "key_dim"), [("gated_delta", 64), ("delta", 128)])
+@pytest.mark.parametrize(
+    ("rule", "key_dim", "kind"),
+    [("gated_delta", 64, "correlated"), ("gated_delta", 64, "strong-decay"), ("delta", 128, "random")],
+)
 def test_long_segments_in_pieces(rule: str, key_dim: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of two chunks, of segments that are empty, shorter than one and of several; between buffers of NaN."""
     from test_guard_bands import BAND, Guards
