@@ -50,7 +50,7 @@ $(TENSORRT): $(STAMP)
 	@touch $@
 
 test-tensorrt: $(TENSORRT)
-	$(PYTEST) -n auto --dist loadgroup -m tensorrt
+	$(PYTEST) -n auto --dist loadgroup -m "tensorrt and not slow"
 
 engines: $(TENSORRT)
 	test -d runs/demo || $(MAKE) demo

@@ -36,12 +36,18 @@ def test_the_kept_checkpoint_is_the_demonstrations() -> None:
     assert MoMConfig.from_dict(json.loads((DATA / "demo" / "config.json").read_text())) == demo_model()
 
 
+def _combination(source: str, precision: str, *marks: pytest.MarkDecorator) -> Any:
+    group = pytest.mark.xdist_group(source + precision)
+    return pytest.param((source, precision), id=f"{source}-{precision}", marks=(group, *marks))
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((source, precision), id=f"{source}-{precision}", marks=pytest.mark.xdist_group(source + precision))
-        for source in ("demo", "fla-mom-tiny")
-        for precision in ("float32", "float16")
+        _combination("demo", "float16"),
+        _combination("fla-mom-tiny", "float32"),
+        _combination("demo", "float32", pytest.mark.slow),  # each takes minutes
+        _combination("fla-mom-tiny", "float16", pytest.mark.slow),
     ],
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
