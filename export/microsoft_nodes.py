@@ -25,12 +25,9 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """The whole rule: LinearAttention."""
     batch, length, heads, value_dim = v.shape
-    inputs: list[Tensor | None] = [q.flatten(2), k.flatten(2), v.flatten(2), state, g, beta]
-    while inputs[-1] is None:
-        inputs.pop()
     o, final_state = _node(
         "LinearAttention",
-        inputs,
+        (q.flatten(2), k.flatten(2), v.flatten(2), state, g, beta),
         {"update_rule": _RULES[rule.name], "q_num_heads": q.shape[2], "kv_num_heads": heads, "scale": scale},
         ((batch, length, heads * value_dim), state.shape),
     )
@@ -54,12 +51,10 @@ def gated_delta_net(
     Its norm divides by the root of a sum of squares without our 1e-6. q and k ``[B, h, K]``, v ``[B, hv, V]``, a and b
     ``[B, hv]`` as projected, ``state`` transposed, ``[B, hv, V, K]``; o ``[B, hv, V]``.
     """
-    inputs: list[Tensor | None] = [q, k, v, None, a, b, state, A_log, dt_bias]
-    while inputs[-1] is None:
-        inputs.pop()
     attributes = {"update_rule": _RULES[rule.name], "qk_l2_norm": 1, "beta_activation": "sigmoid", "scale": scale}
     if a is not None:
         attributes["gate_activation"] = "qwen"
+    inputs = (q, k, v, None, a, b, state, A_log, dt_bias)
     o, final_state = _node("GatedDeltaNet", inputs, attributes, (v.shape, state.shape))
     return o, final_state
 
@@ -116,6 +111,9 @@ def join_residuals(graph: Any) -> None:
 def _node(
     operator: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], shapes: Sequence[Sequence[Any]]
 ) -> Sequence[Tensor]:
+    """One node; what is None at the end of its inputs it does not take."""
+    while inputs[-1] is None:
+        inputs = inputs[:-1]
     first = inputs[0]
     assert first is not None
     return torch.onnx.ops.symbolic_multi_out(

@@ -25,7 +25,7 @@ from ._onnxruntime import CPU_GATED_DELTA_NET, require_onnxruntime, runtime_vers
 from .calibration import round_weights
 from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
-from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, TOUCHED_GRAPH, TRANSPOSED_STATE
+from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, TOUCHED_GRAPH, transposed_name
 from .precision import TOLERANCES, check_precision, lower_precision
 from .products import gather_parts, join_products
 from .program import export_forced, export_program, state_names, touched_names
@@ -243,7 +243,7 @@ def _graph(model: MoMForCausalLM, target: str, name: str, state_dtype: str = "fl
             program = export_program(model, decode, table, touched, form, state_dtype=state_dtype)
     states = [f"{layer}.{state}" for layer, state in state_names(model.config)]
     if name == CUDA_GRAPH:
-        states = [state.replace("recurrent_state", TRANSPOSED_STATE) for state in states]
+        states = [transposed_name(state) for state in states]
     present = states
     if touched:
         parts = touched_names(model.config).values()

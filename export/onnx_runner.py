@@ -102,7 +102,7 @@ class OnnxRunner(Runner):
         transposed = name == CUDA_GRAPH  # of K = V alone
         for layer in range(self.config.num_hidden_layers):
             for state, shape in self._shapes.items():
-                key = f"past_key_values.{layer}.{_graph_state(state) if transposed else state}"
+                key = f"past_key_values.{layer}.{transposed_name(state) if transposed else state}"
                 want = ["batch", shape[0] * shape[1], *shape[2:]]
                 if found.get(key) != want:
                     raise ValueError(
@@ -218,7 +218,7 @@ class OnnxRunner(Runner):
         feeds = self._feeds(self._check_state(batch_size, state))
         if transposed:
             feeds = {
-                _graph_state(name): value.swapaxes(2, 3) if name.endswith("recurrent_state") else value
+                transposed_name(name): value.swapaxes(2, 3) if name.endswith("recurrent_state") else value
                 for name, value in feeds.items()
             }
         feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
@@ -311,6 +311,6 @@ class OnnxRunner(Runner):
         return step
 
 
-def _graph_state(name: str) -> str:
-    """The name of a state, or of a graph's input of it, in CUDA_GRAPH."""
+def transposed_name(name: str) -> str:
+    """The name of a state, or of a graph's input or output of it, in CUDA_GRAPH."""
     return name.replace("recurrent_state", TRANSPOSED_STATE)

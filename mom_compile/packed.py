@@ -63,7 +63,7 @@ def forward(
     if dt is not None:
         v = v * dt.unsqueeze(-1).to(v.dtype)
     recurrent = None if state is None else state["recurrent_state"].flatten(0, 1)
-    o, final_state = chunk_rows(rule.name, q, k, v, g, beta, layer.scale, recurrent, plan)
+    o, final_state = chunk_rows(rule.name, q, k, v, g, beta, layer.scale, recurrent, plan.segments)
     new_state["recurrent_state"] = torch.unflatten(final_state, 0, (sequences, memories))
     weights, heads = routing.weights.flatten(0, 1), (config.value_heads, config.value_dim)
     if config.use_output_gate:

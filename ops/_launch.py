@@ -32,14 +32,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def remembered(function: Function) -> Function:
     """``function`` of positional arguments, worked out once for each; symbolic sizes have no hash and are not kept."""
-    known: dict[tuple[Any, ...], Any] = {}
+    kept = cache(function)
 
     @wraps(function)
     def call(*args: Any) -> Any:
         try:
-            return known[args]
-        except KeyError:
-            return known.setdefault(args, function(*args))
+            return kept(*args)
         except TypeError:
             return function(*args)
 

@@ -62,7 +62,7 @@ def _run(rule: str, inputs: list[Tensor], scale: float, plan: DispatchPlan, grad
     q, k, v, *rest = leaves
     g = rest.pop(0) if RULES[rule].gate != "none" else None
     beta = rest.pop(0) if RULES[rule].delta else None
-    o, final_state = chunk_rows(rule, q, k, v, g, beta, scale, None, plan)
+    o, final_state = chunk_rows(rule, q, k, v, g, beta, scale, None, plan.segments)
     return [o.detach(), final_state.detach(), *torch.autograd.grad(o, leaves, grad.to(o.dtype))]
 
 

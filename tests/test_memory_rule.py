@@ -111,7 +111,7 @@ def test_chunk_on_a_routed_plan(rule: str, name: str) -> None:
     real = (plan.entry_of >= 0).view(-1, 1, 1)  # nobody reads a pad row, so none gets a gradient
 
     def function(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        o, final_state = chunk_rows(rule, q, k, v, *_split(rule, rest), 0.25, rest[-1], plan)
+        o, final_state = chunk_rows(rule, q, k, v, *_split(rule, rest), 0.25, rest[-1], plan.segments)
         return o * real, final_state
 
     def reference(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,8 @@ def cases(shape: Shape, rule: str, device: torch.device) -> dict[str, Case]:
     def memory_rule(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         values = list(rest)
         gate = values.pop(0) if g is not None else None
-        return chunk_rows(rule, q, k, v, gate, values.pop(0) if beta is not None else None, dim**-0.5, None, plan)[0]
+        rate = values.pop(0) if beta is not None else None
+        return chunk_rows(rule, q, k, v, gate, rate, dim**-0.5, None, plan.segments)[0]
 
     return {
         "route": Case(lambda x: ops.route(x, TOPK)[0], [logits]),

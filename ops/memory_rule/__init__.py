@@ -14,7 +14,7 @@ from .._checks import check_rank
 from .._layout import CHUNK
 from .._triton import on_gpu
 from ..combine import gather_tokens
-from ..dispatch import DispatchPlan, sequence_plan
+from ..dispatch import sequence_plan
 from ..permute import permute
 from .op import CHUNK_OPS, RECURRENT_OPS
 from .reference import recurrence_reference, segments_reference
@@ -74,7 +74,7 @@ def chunk_rows(
     beta: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
-    plan: DispatchPlan,
+    segments: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """A chunked rule on rows already placed by a dispatch plan; pad rows must be zero in every argument.
 
@@ -84,26 +84,11 @@ def chunk_rows(
         g, beta: ``[S, HV]`` (retention: g ``[HV]``), None where the rule has none.
         scale: factor of the read.
         initial_state: ``[N * M', HV, K, V]`` or None for zeros.
-        plan: the tables of the rows.
+        segments: the tables of the rows, ``DispatchPlan.segments``.
 
     Returns:
         ``o`` ``[S, HV, V]`` and the final state ``[N * M', HV, K, V]``; empty segments keep their state bit for bit.
     """
-    return _chunk_segments(rule, q, k, v, g, beta, scale, initial_state, plan.segments)
-
-
-def _chunk_segments(
-    rule: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    segments: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """:func:`chunk_rows` by the tables that the rule itself reads."""
     extra = [x for x in (g, beta) if x is not None]
     save = _save(q, k, v, g, beta, initial_state)
     o, final_state, *_ = CHUNK_OPS[rule](q, k, v, *extra, initial_state, *segments, scale, save)
@@ -184,7 +169,7 @@ def _chunk(
     rows = [place(x) for x in (q, k, v, g, beta)]
     assert rows[0] is not None and rows[1] is not None and rows[2] is not None
     segments = _whole_segments(batch, length, q.device) if plan is None else plan.segments
-    o, final_state = _chunk_segments(
+    o, final_state = chunk_rows(
         rule, rows[0], rows[1], rows[2], rows[3], rows[4], _scale(q, scale), initial_state, segments
     )
     o = o if plan is None else gather_tokens(o, plan)

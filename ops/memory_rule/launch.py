@@ -78,6 +78,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
     if kernel is scan_tables_kernel:
         constants = {"HV": heads.HV, "BLOCK_H": next_power_of_2(heads.HV)}
         return Config(constants | {"HAS_GATE": heads.gate, "HAS_DELTA": heads.delta}, num_warps=1), 1
+    if kernel in _PIECES:
+        return _piece_config(kernel, heads)
     # float32 products run on the plain units with their operands in registers: small blocks, more threads.
     wide, large = heads.dtype == torch.float32, shared_kb >= LARGE_KB
     bk, bv, warps = (min(key, 32), min(value, 32), 8) if wide else (min(key, 64), min(value, 64), 4)
@@ -101,10 +103,8 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
         warps = 2  # its time is the inverse, small products whose operands change places: the fewer warps the better
     elif kernel in (chunk_pairs_kernel, chunk_pairs_bwd_kernel) and not wide and large:
         stages, registers = 3, 168 if heads.delta else None  # three thread blocks a processor
-    precision = "ieee" if wide else "interpreter" if INTERPRET else "tf32"
-    if kernel in _PIECES:
-        return _piece_config(kernel, heads, constants | {"V": heads.V, "PIECE": PIECE, "PRECISION": precision})
-    constants |= {"BK": bk, "PRECISION": precision, "HAS_DELTA": heads.delta}
+    constants |= {"BK": bk, "PRECISION": "ieee" if wide else "interpreter" if INTERPRET else "tf32"}
+    constants["HAS_DELTA"] = heads.delta
     if kernel is not chunk_scan_bwd_kernel:
         computed = kernel is chunk_scan_kernel and (heads.gate or heads.delta)
         constants["FENCE"] = stages > 1 and not (FENCED or computed)
@@ -127,15 +127,17 @@ def _config(kernel: Any, heads: _Heads, shared_kb: int, chains: int = MANY) -> t
 _PIECES = (chunk_transition_kernel, chunk_join_kernel, chunk_piece_kernel)
 
 
-def _piece_config(kernel: Any, heads: _Heads, constants: dict[str, Any]) -> tuple[Config, int]:
-    """As :func:`_config`, for the scan in pieces."""
+def _piece_config(kernel: Any, heads: _Heads) -> tuple[Config, int]:
+    """As :func:`_config`, for the scan in pieces, which is not for float32."""
     key, value = heads.K, heads.V
+    constants: dict[str, Any] = {"HV": heads.HV, "K": key, "V": value, "PIECE": PIECE}
+    constants["PRECISION"] = "interpreter" if INTERPRET else "tf32"
     if kernel is chunk_join_kernel:
-        del constants["H"], constants["HAS_GATE"]
         return Config(constants | {"BK": 32, "BV": 16}, num_stages=2), value // 16
     columns = 32 if kernel is chunk_piece_kernel and key <= 128 else 64
     bk, stages = min(key, 256 if columns == 32 else 128), 3 if columns == 32 else 2
-    constants |= {"BK": bk, "NK": key // bk, "BV": columns, "FENCE": False}
+    constants |= {"H": heads.H, "HAS_GATE": heads.gate, "FENCE": False}
+    constants |= {"BK": bk, "NK": key // bk, "BV": columns}
     return Config(constants, num_stages=stages), (value + (key if kernel is chunk_transition_kernel else 0)) // columns
 
 
