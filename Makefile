@@ -40,7 +40,8 @@ test-interpret: $(STAMP)
 
 INTERPRETED := tests/test_route.py tests/test_dispatch.py tests/test_row_ops.py tests/test_memory_rule.py \
 	tests/test_decode_step.py tests/test_decode_linear.py tests/test_linear_cross_entropy.py \
-	tests/test_guard_bands.py tests/test_conv_qkv.py tests/test_small_linear.py tests/test_kernel_prefill.py
+	tests/test_guard_bands.py tests/test_conv_qkv.py tests/test_small_linear.py tests/test_kernel_prefill.py \
+	tests/test_kernel_graphs.py
 
 # TensorRT for RTX (95 MB) and engines built with no GPU; `make engines`: of the demonstration's model.
 TENSORRT := $(VENV)/.tensorrt

@@ -1,12 +1,14 @@
 """float16 graphs on onnxruntime's CUDA provider beside a decode session of PyTorch: tokens, a prefill, nodes, rules.
 
-    python benchmarks/onnx_gpu.py [--folder FOLDER] [--size 512m] [--layers 4] [--batch 1 16] [--prefill 2048]
-    python benchmarks/onnx_gpu.py --export FOLDER [--size 512m] [--layers 4]
+    python benchmarks/onnx_gpu.py [--form kernels] [--folder FOLDER] [--size 512m] [--layers 4] [--batch 1 16]
+    python benchmarks/onnx_gpu.py [--form kernels] --export FOLDER [--size 512m] [--layers 4]
 
-Needs onnxruntime-gpu and a CUDA GPU, and no network. Without a folder the graphs are exported first, some seconds a
-layer; --export writes them on a machine without a GPU (--layers 24: minutes), and --folder takes them from there. The
-weights are random. Every limit is a ratio to PyTorch in the same run: with few layers, of the layers alone as well,
-which is the time less that of the same model without layers.
+Needs onnxruntime-gpu and a CUDA GPU, and no network. --form kernels: the graphs of --to onnxruntime-cuda, whose nodes
+are the model's own Triton kernels, in the place of those of onnxruntime's own operators; it needs g++ and onnxruntime's
+headers. Without a folder the graphs are exported first, some seconds a layer; --export writes them on a machine without
+a GPU (--layers 24: minutes), and --folder takes them from there. The weights are random. Every limit is a ratio to
+PyTorch in the same run: with few layers, of the layers alone as well, which is the time less that of the same model
+without layers.
 
 Decode runs with one buffer for past and present, with and without a CUDA graph; nodes on the CPU, copies between
 devices, kernels of a token and the longest of them are named, and the first token's logits compared. Then the memory
@@ -41,13 +43,14 @@ from mom_compile.bench.sizes import size
 from mom_compile.decode import DecodeSession
 from mom_compile.export._onnxruntime import exact_providers, fit_linear_attention, require_onnxruntime
 from mom_compile.export.onnx_artifact import _graph, save_graphs
+from mom_compile.export.onnx_cuda_artifact import write_kernel_graphs
+from mom_compile.export.onnx_runner import KERNELS_FOLDER, KERNELS_LIBRARY
 from mom_compile.export.precision import lower_precision
 
 COLUMNS = {"what": 22, "form": 30, "batch": 5, "ms": 9, "times_ours": 10, "times_ours_per_layer": 20, "note": 0}
 NEVER = ("MemcpyToHost", "MemcpyFromHost", "If", "Loop", "Scan")
 KERNELS = 25  # that are named
-DECODES = ("decode", "decode_touched", "decode_cuda")
-GRAPHS = (*DECODES, "prefill")
+DECODES = {"stock": ("decode", "decode_touched", "decode_cuda"), "kernels": ("decode",)}
 # Operators without a kernel of their own: their output is the memory of their input.
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
@@ -56,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="512m", help="a model of mom-compile bench")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--form", choices=list(DECODES), default="stock")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="only write the graphs there")
     parser.add_argument("--folder", type=Path, help="graphs that --export wrote")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
@@ -66,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     config = replace(size(args.size), num_hidden_layers=args.layers)
     if args.export:
-        _export(config, args.export)
+        _export(config, args.export, args.form)
         return
     runtime = require_onnxruntime()
     wanted = f"{args.provider.upper()}ExecutionProvider"
@@ -75,13 +79,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = args.folder or Path(name)
         if args.folder is None:
-            _export(config, folder)
+            _export(config, folder, args.form)
         else:
             config = MoMConfig.from_dict(json.loads((folder / "config.json").read_text()))
         _measure(runtime, folder, config, args)
 
 
-def _export(config: MoMConfig, folder: Path) -> None:
+def _export(config: MoMConfig, folder: Path, form: str) -> None:
     """The float16 graphs and the configuration."""
     begin = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +94,12 @@ def _export(config: MoMConfig, folder: Path) -> None:
     def make(graph: str) -> Any:
         return lower_precision(_graph(model, "onnxruntime", graph), "float16")
 
-    save_graphs(folder, [(graph, f"{graph}.onnx", partial(make, graph)) for graph in GRAPHS])
+    graphs = (*DECODES[form], "prefill")
+    if form == "stock":
+        save_graphs(folder, [(graph, f"{graph}.onnx", partial(make, graph)) for graph in graphs])
+    else:
+        architecture = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        write_kernel_graphs(model, folder, "float16", [10 * architecture[0] + architecture[1]], graphs)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     print(f"exported in {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -123,7 +132,7 @@ def _measure(runtime: Any, folder: Path, config: MoMConfig, args: argparse.Names
         ours = _median(lambda: model(ids), 10, gpu)
         table.add(what=what, form="PyTorch", batch=1, ms=ours)
     for fixed in (False, True):  # without a fixed length shapes are computed at run time, on the CPU
-        form = f"prefill{', length fixed' if fixed else ''}"
+        form = f"prefill{' of kernels' if args.form == 'kernels' else ''}{', length fixed' if fixed else ''}"
         with _told(table, what, form, 1):
             run = runs("prefill", 1, args.prefill, fixed=fixed)
             ms = _median(run.call, 10, gpu)
@@ -132,7 +141,8 @@ def _measure(runtime: Any, folder: Path, config: MoMConfig, args: argparse.Names
             print(f"    {note}", flush=True)
             if gpu:
                 _print_kernels(run.call)
-    _rules(table, config, args, gpu)
+    if args.form == "stock":
+        _rules(table, config, args, gpu)
     for batch in args.batch if gpu else ():  # for comparison with other tables: the dtype that they have
         with _told(table, "decode", "PyTorch, bfloat16", batch):
             session = DecodeSession(model.bfloat16(), batch)
@@ -160,8 +170,8 @@ def _decode(
     table.add(what="decode", form="PyTorch, DecodeSession", batch=batch, ms=ours, note=f"without layers {rest:.4f}")
     if gpu and names:
         _print_kernels(partial(session.step, token))
-    for graph, captured in itertools.product(DECODES, (False, True) if gpu else (False,)):
-        form = f"{graph}{', CUDA graph' if captured else ''}"
+    for graph, captured in itertools.product(DECODES[args.form], (False, True) if gpu else (False,)):
+        form = f"{graph}{' of kernels' if args.form == 'kernels' else ''}{', CUDA graph' if captured else ''}"
         with _told(table, "decode", form, batch):  # a provider that lacks something is an answer
             run = runs(graph, batch, 1, captured)
             run.call()
@@ -231,6 +241,9 @@ def _run(
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = profile
+    library = folder / KERNELS_FOLDER / KERNELS_LIBRARY
+    if library.is_file():
+        options.register_custom_ops_library(str(library))
     options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
     sizes = {"batch": batch, "sequence": length}
     for axis in sizes if fixed else ("batch",):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .kernel_pack import to_kernels as to_kernels
     from .ladder import verify_all as verify_all
     from .onnx_artifact import to_onnx as to_onnx
+    from .onnx_cuda_artifact import to_onnx_cuda as to_onnx_cuda
     from .onnx_runner import OnnxRunner as OnnxRunner
     from .pt2_artifact import to_pt2 as to_pt2
     from .runner import Runner as Runner
@@ -35,6 +36,7 @@ _MODULES = {
     "to_genai": "genai_artifact",
     "to_kernels": "kernel_pack",
     "to_onnx": "onnx_artifact",
+    "to_onnx_cuda": "onnx_cuda_artifact",
     "to_pt2": "pt2_artifact",
     "to_triton_server": "triton_server_artifact",
     "to_tensorrt": "tensorrt_artifact",

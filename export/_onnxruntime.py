@@ -12,6 +12,7 @@ from .._extras import require
 
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MIN_ONNXRUNTIME = (1, 24)
+CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_GATED_DELTA_NET = (1, 32)
 """From which version on the CPU's provider has GatedDeltaNet as well, so that a graph of it can be verified."""
 SMALLEST_SHARED_MEMORY = 99 * 1024
@@ -61,7 +62,7 @@ def exact_providers(providers: Sequence[Any], cuda: Mapping[str, str] | None = N
 
     def exact(provider: Any) -> Any:
         name, options = (provider, {}) if isinstance(provider, str) else provider
-        if name != "CUDAExecutionProvider":
+        if name != CUDA_PROVIDER:
             return provider
         return name, {"use_tf32": "0", **(cuda or {}), **options}
 

@@ -62,6 +62,12 @@ def is_artifact(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / MANIFEST_FILE).is_file()
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError if the folder holds something else than an artifact."""
+    if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder):
+        raise ValueError(f"directory must be new, empty or an artifact, got {str(folder)!r} with other files in it")
+
+
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a folder that is whole and unchanged.
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import MoMConfig
 from .launch_formula import Units
+
+
+class Dtypes(NamedTuple):
+    """Of the parameters and activations, and of the convolution's state and the decay's parameters."""
+
+    model: torch.dtype
+    kept: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,14 @@ class Function:
 class Inputs:
     """Random tensors on a device."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, dtypes: Dtypes, device: torch.device) -> None:
+        self.dtypes, self.device = dtypes, device
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, dtype=dtype or self.dtype, device=self.device)
+        return torch.randn(shape, dtype=dtype or self.dtypes.model, device=self.device)
+
+    def kept(self, *shape: int) -> Tensor:
+        return self(*shape, dtype=self.dtypes.kept)
 
     def wide(self, *shape: int) -> Tensor:
         return self(*shape, dtype=torch.float32)

@@ -17,8 +17,8 @@ from ..config import MoMConfig
 from ..model import MoMForCausalLM
 from ..ops._aot import Binary, compile_variant
 from ..ops._kernel_variant import SHARED_MEMORY_KB
-from .artifact import is_artifact, write_manifest
-from .kernel_function import Function
+from .artifact import check_replaceable, write_manifest
+from .kernel_function import Dtypes, Function
 from .kernel_functions import functions
 from .kernel_table import Argument, Entry, entries
 from .launch_formula import Formula
@@ -60,24 +60,22 @@ def to_kernels(
             on it, a folder that holds something else.
     """
     folder, dtype = Path(directory), model.lm_head.weight.dtype
-    _check(folder, compute_capabilities, dtype)
-    listed = list(functions(model.config, dtype))
+    check_compute_capabilities(compute_capabilities)
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"model must have parameters of float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}; "
+            "convert it with .to(torch.bfloat16)"
+        )
+    check_replaceable(folder)
     with atomic_directory(folder, keep=False) as staging:
-        kernels: list[tuple[Entry, Binary, str]] = []
-        for architecture in dict.fromkeys(compute_capabilities):
-            for function in listed:
-                kernels += _compile(staging, function, architecture)
-        (staging / HEADER).write_text(header(model.config, listed, kernels), encoding="utf-8")
-        for name in SOURCES:
-            source = resources.files(__package__ or "").joinpath("cpp", name)
-            (staging / name).write_bytes(source.read_bytes())
+        described = write_pack(staging, model.config, Dtypes(dtype, dtype), compute_capabilities, SOURCES)
         manifest = {
             "kind": "kernels",
             "target": "kernels",
             "config": model.config.to_dict(),
             "dtype": str(dtype).removeprefix("torch."),
             "compute_capabilities": list(dict.fromkeys(compute_capabilities)),
-            "functions": {function.name: _describe(function, kernels) for function in listed},
+            "functions": described,
             "schemas_sha256": schemas_sha256(),
             "versions": {**package_versions("mom-compile", "torch", "triton"), "python": platform.python_version()},
         }
@@ -85,7 +83,27 @@ def to_kernels(
     return manifest
 
 
-def _check(folder: Path, compute_capabilities: Sequence[int], dtype: torch.dtype) -> None:
+def write_pack(
+    folder: Path, config: MoMConfig, dtypes: Dtypes, compute_capabilities: Sequence[int], sources: Sequence[str]
+) -> dict[str, Any]:
+    """The kernels, their header and the source files of that name; returns what the functions are, by name.
+
+    Raises:
+        ValueError: sizes for which a kernel does not fit the GPU or is unsafe on it.
+    """
+    listed = list(functions(config, dtypes))
+    kernels: list[tuple[Entry, Binary, str]] = []
+    for architecture in dict.fromkeys(compute_capabilities):
+        for function in listed:
+            kernels += _compile(folder, function, architecture)
+    (folder / HEADER).write_text(header(config, listed, kernels), encoding="utf-8")
+    for name in sources:
+        (folder / name).write_bytes(resources.files(__package__ or "").joinpath("cpp", name).read_bytes())
+    return {function.name: _describe(function, kernels) for function in listed}
+
+
+def check_compute_capabilities(compute_capabilities: Sequence[int]) -> None:
+    """Raise ValueError unless there are some, all of them with configurations."""
     known = ", ".join(str(architecture) for architecture in SHARED_MEMORY_KB)
     unknown = [architecture for architecture in compute_capabilities if architecture not in SHARED_MEMORY_KB]
     if unknown or not compute_capabilities:
@@ -93,13 +111,6 @@ def _check(folder: Path, compute_capabilities: Sequence[int], dtype: torch.dtype
             f"compute_capabilities must be some of {known} (compute capability times ten), got "
             f"{', '.join(map(str, unknown)) or 'none'}; leave out what the kernels are not configured for"
         )
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"model must have parameters of float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}; "
-            "convert it with .to(torch.bfloat16)"
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder):
-        raise ValueError(f"directory must be new, empty or an artifact, got {str(folder)!r} with other files in it")
 
 
 def _compile(folder: Path, function: Function, architecture: int) -> Iterator[tuple[Entry, Binary, str]]:

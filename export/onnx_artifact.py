@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import warnings
@@ -33,6 +32,7 @@ from .stored_state import check_state_dtype
 from .structure import describe_graph
 from .token_nodes import TRANSPOSED_RULES, transposed_step
 from .views import merge_views, remove_unused
+from .weights_file import WEIGHTS_FILE, WeightsFile
 from .writing import package_versions, write_artifact
 
 if TYPE_CHECKING:
@@ -43,11 +43,9 @@ TARGETS = ("onnxruntime", "portable", "opset27")
 OPSET = 20
 # The exporter's newest; LinearAttention and CausalConvWithState became standard operators in the one after it.
 NEWEST_OPSET = 26
-WEIGHTS_FILE = "weights.bin"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 RUN_FILES = {"run.py": "run_template.py", "run.cpp": "cpp/run.cpp"}
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can read them
-ALIGNMENT = 64
 
 
 def to_onnx(
@@ -137,38 +135,6 @@ def check_onnx_packages() -> ModuleType:
     return require_onnxruntime()
 
 
-class _Weights:
-    """The weights file: every distinct tensor once, whichever graphs use it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("wb")
-        self._offsets: dict[bytes, int] = {}
-
-    def place(self, tensor: Any) -> Any:
-        """The tensor as one that lies in the file."""
-        import onnx_ir as ir
-
-        data = tensor.tobytes()
-        key = hashlib.sha256(data).digest()
-        if key not in self._offsets:
-            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-            self._offsets[key] = self._file.tell()
-            self._file.write(data)
-        return ir.ExternalTensor(
-            self.path.name,
-            self._offsets[key],
-            len(data),
-            tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name,
-            base_dir=str(self.path.parent),
-        )
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: str, state_dtype: str) -> dict[str, Any]:
     """The graphs and their weights; returns their description for the manifest."""
     files = graph_files(model.config, target, precision)
@@ -207,7 +173,7 @@ def save_graphs(folder: Path, graphs: Iterable[tuple[str, str, Callable[[], Any]
     """Save (name, file, maker of an onnx_ir model) over one weights file; returns their description by name."""
     import onnx_ir as ir
 
-    weights = _Weights(folder / WEIGHTS_FILE)
+    weights = WeightsFile(folder / WEIGHTS_FILE)
     files = {}
     try:
         for name, file, make in graphs:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._onnxruntime import exact_providers, fit_linear_attention, require_onnxruntime
+from ._onnxruntime import CUDA_PROVIDER, exact_providers, fit_linear_attention, require_onnxruntime
 from .runner import Runner, State, Step
 from .stored_state import array_dtype, ort_value
 
@@ -18,6 +18,8 @@ CUDA_GRAPH = "decode_cuda"
 TRANSPOSED_STATE = "transposed_state"
 """The recurrent state of CUDA_GRAPH, ``[B, M'*HV, V, K]``."""
 FORCED_GRAPH = "prefill_forced"
+KERNELS_FOLDER, KERNELS_LIBRARY, LIBRARY_SOURCES = "kernels", "libmom_onnx.so", ("mom_onnx.cpp", "mom_launch.cpp")
+"""Of an artifact whose nodes are kernels of ours: the library that makes them operators of ONNX Runtime."""
 _DTYPES = {  # onnxruntime's name of a type -> ours
     "tensor(int64)": "int64",
     "tensor(float)": "float32",
@@ -32,8 +34,9 @@ class OnnxRunner(Runner):
     Args:
         folder: the artifact.
         manifest: of the folder.
-        providers: onnxruntime execution providers; None: the CPU's. CUDA's computes float32 products in float32 unless
-            its options have ``use_tf32``: the router chooses by them.
+        providers: onnxruntime execution providers; None: the CPU's, or CUDA's for a folder of ``to_onnx_cuda``, which
+            has no other. CUDA's computes float32 products in float32 unless its options have ``use_tf32``: the router
+            chooses by them.
         prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
             holds a copy of its own. False: all sessions map the one file.
         threads: of a session on the CPU; None: onnxruntime's own choice.
@@ -54,21 +57,29 @@ class OnnxRunner(Runner):
         self._prepack = prepack
         self._threads = threads
         self._runtime = require_onnxruntime()
-        self._providers = exact_providers(providers or ["CPUExecutionProvider"])
-        self._provider_options = [provider[1] for provider in self._providers if not isinstance(provider, str)]
+        self._library = folder / KERNELS_FOLDER / KERNELS_LIBRARY if (folder / KERNELS_FOLDER).is_dir() else None
+        default = "CPUExecutionProvider" if self._library is None else CUDA_PROVIDER
+        self._providers = exact_providers(providers or [default])
+        self._captures = self._providers != _uncaptured(self._providers)
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
-        self._device = "cuda" if "CUDAExecutionProvider" in str(self._providers) else "cpu"
-        if self._device == "cuda":
+        self._device = "cuda" if CUDA_PROVIDER in str(self._providers) else "cpu"
+        if self._library is not None and self._device != "cuda":
+            raise ValueError(
+                f"providers must have {CUDA_PROVIDER} for this artifact, got {providers}; its nodes are kernels"
+            )
+        if self._device == "cuda" and self._library is None:
             fit_linear_attention(self.config.head_dim, self.config.value_dim)
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[tuple[str, bool], Any] = {}
         if self._on_gpu and "bfloat16" in self._dtypes.values():
             raise ValueError(
                 f"providers must be the CPU's for a bfloat16 state, got {self._providers}; onnxruntime puts no numpy "
                 "array of it on a device: export with state_dtype float16"
             )
 
-    def _session(self, name: str) -> Any:
-        if name not in self._sessions:
+    def _session(self, name: str, captured: bool = False) -> Any:
+        """The session of a graph; ``captured``: one that a provider may capture as a CUDA graph, on fixed buffers."""
+        key = name, captured and self._captures
+        if key not in self._sessions:
             options = self._runtime.SessionOptions()
             options.log_severity_level = 3
             if self._threads is not None:
@@ -77,7 +88,8 @@ class OnnxRunner(Runner):
                 # Products of 8 and 4 bits need it.
                 options.add_session_config_entry("session.disable_prepacking", "1")
             try:
-                self._sessions[name] = self._create_session(name, options)
+                providers = self._providers if captured else _uncaptured(self._providers)
+                self._sessions[key] = self._create_session(name, options, providers)
             except (ImportError, ValueError):  # ours; those of onnxruntime are neither
                 raise
             except Exception as error:
@@ -86,11 +98,28 @@ class OnnxRunner(Runner):
                     f"{str(error).splitlines()[0][:300]}; it was made with {self.manifest['versions']['onnxruntime']}: "
                     "upgrade onnxruntime, or export with --to portable"
                 ) from error
-            self._check_session(self._sessions[name], name)
-        return self._sessions[name]
+            self._check_session(self._sessions[key], name)
+        return self._sessions[key]
 
-    def _create_session(self, name: str, options: Any) -> Any:
-        return self._runtime.InferenceSession(self._graph_file(name), options, providers=self._providers)
+    def why_not(self) -> str | None:
+        """As :meth:`Runner.why_not`."""
+        if self._library is None:
+            return None
+        if CUDA_PROVIDER not in self._runtime.get_available_providers():
+            return (
+                f"onnxruntime must have {CUDA_PROVIDER}, got none; install onnxruntime-gpu in the place of onnxruntime"
+            )
+        if not self._library.is_file():
+            command = " ".join(library_command("g++", "<onnxruntime's include folder>"))
+            return f"{self._library} must exist, got no such file; in its folder run: {command}"
+        return None
+
+    def _create_session(self, name: str, options: Any, providers: Sequence[Any]) -> Any:
+        if self._library is not None:
+            if reason := self.why_not():
+                raise ImportError(reason)
+            options.register_custom_ops_library(str(self._library))
+        return self._runtime.InferenceSession(self._graph_file(name), options, providers=providers)
 
     def _graph_file(self, name: str) -> str:
         """The file of a graph."""
@@ -206,15 +235,14 @@ class OnnxRunner(Runner):
                 f"transposed must be False for this artifact, got True; it has no {CUDA_GRAPH} graph: export with "
                 "precision float16 a model of a delta rule with value heads as wide as its key heads"
             )
-        captures = any(str(options.get("enable_cuda_graph", "0")) == "1" for options in self._provider_options)
-        aliased |= captures
+        aliased |= self._captures
         if touched is None:
             touched = self.has_touched_decode and not (aliased or transposed or self._on_gpu)
         if touched:
             return self._touched_loop(state, batch_size)
         if transposed is None:
             transposed = has_transposed and self._device == "cuda"
-        session = self._session(CUDA_GRAPH if transposed else self._graph_name(1))
+        session = self._session(CUDA_GRAPH if transposed else self._graph_name(1), captured=True)
         feeds = self._feeds(self._check_state(batch_size, state))
         if transposed:
             feeds = {
@@ -237,7 +265,7 @@ class OnnxRunner(Runner):
             for name, value in target.items():
                 binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
             bindings.append(binding)
-        if captures:  # onnxruntime runs the first token more than once
+        if self._captures:  # onnxruntime runs the first token more than once
             session.run_with_iobinding(bindings[0])
             for name, value in sets[0].items():
                 value.update_inplace(feeds[name])
@@ -309,6 +337,33 @@ class OnnxRunner(Runner):
             return outputs["logits"][:, 0]
 
         return step
+
+
+def _uncaptured(providers: Sequence[Any]) -> list[Any]:
+    """Providers without CUDA graphs."""
+
+    def plain(provider: Any) -> Any:
+        if isinstance(provider, str) or str(provider[1].get("enable_cuda_graph", "0")) == "0":
+            return provider
+        return provider[0], {**provider[1], "enable_cuda_graph": "0"}
+
+    return [plain(provider) for provider in providers]
+
+
+def library_command(compiler: str, include: str) -> list[str]:
+    """What builds KERNELS_LIBRARY, in the folder of its sources."""
+    return [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        f"-I{include}",
+        *LIBRARY_SOURCES,
+        "-o",
+        KERNELS_LIBRARY,
+        "-ldl",
+    ]
 
 
 def transposed_name(name: str) -> str:

@@ -26,7 +26,7 @@ from ..ops.memory_rule import launch as memory_rule
 from ..ops.memory_rule.rules import RULES
 from ..ops.permute import launch as permute
 from ..ops.route import launch as route
-from .kernel_function import Function, Inputs, groups
+from .kernel_function import Dtypes, Function, Inputs, groups
 from .launch_formula import Units
 from .prefill_gates import gate_rows
 
@@ -50,7 +50,8 @@ buffer of the application, intermediate tables too; mom_amount says its bytes, a
     conv_qkv            convolution, SiLU and norm: q, k and v of the rows; state and out: conv_state before and after
                         (without a convolution: SiLU and norm alone, weight: ones)
     gate_rows_RULE      g and beta of the rows (decay of retention: log(1 - 2^(-5-h)) for head h)
-    chunk_RULE          o of the rows; initial_state and final_state: recurrent_state before and after
+    chunk_RULE          o of the rows; initial_state and final_state: recurrent_state before and after (without a delta
+                        rule v_new is v)
     combine             o of the tokens
     gated_rms_norm      over T HV rows (without an output gate: prefill_output)
     PRODUCT             x += o o_proj^T
@@ -59,18 +60,18 @@ buffer of the application, intermediate tables too; mom_amount says its bytes, a
     swiglu              SiLU(left half) * right half
     PRODUCT             x += h down_proj^T
   prefill_head          the last norm, with its weight, of the rows that are wanted
-  PRODUCT               logits; for few rows decode_head_RULE does both"""
+  PRODUCT               logits; for few rows decode_head"""
 
 PLAN = ("sequences", "chunks", "tokens")
 MOST_SEQUENCES, MOST_TOKENS = 4096, 1 << 20
 
 
-def prefill_functions(config: MoMConfig, dtype: torch.dtype) -> Iterator[Function]:
+def prefill_functions(config: MoMConfig, dtypes: Dtypes) -> Iterator[Function]:
     """Everything but the products; see ``ORDER``."""
 
     def function(name: str, operator: str, units: tuple[str, ...], make: Any, *args: Any) -> Function:
         limit = MOST_SEQUENCES if units == PLAN else MOST_TOKENS
-        return Function(name, operator, units, limit, partial(make, config, dtype, *args))
+        return Function(name, operator, units, limit, partial(make, config, dtypes, *args))
 
     tokens, rows = ("tokens",), ("rows",)
     yield function("embed", "mom::permute", tokens, _embed)
@@ -138,66 +139,66 @@ def _plan(config: MoMConfig, units: Units, device: torch.device) -> DispatchPlan
     return DispatchPlan(*(table.to(device) for table in plan))
 
 
-def _embed(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> Tensor:
-    tokens, table = units[0], Inputs(dtype, device)(config.vocab_size, config.hidden_size)
+def _embed(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> Tensor:
+    tokens, table = units[0], Inputs(dtypes, device)(config.vocab_size, config.hidden_size)
     ids = torch.randint(config.vocab_size, (tokens,), dtype=torch.int32, device=device)
     return permute.permute_fwd(table, ids.new_empty(0, 1), ids)
 
 
 def _prepare(
-    config: MoMConfig, dtype: torch.dtype, small: int, weighted: bool, units: Units, device: torch.device
+    config: MoMConfig, dtypes: Dtypes, small: int, weighted: bool, units: Units, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    new, width = Inputs(dtype, device), config.hidden_size
+    new, width = Inputs(dtypes, device), config.hidden_size
     weight = new(width) if weighted else None
     return decode_linear.prepare(
         new(units[0], width), weight, new.wide(small, width) if small else None, True, config.norm_eps
     )
 
 
-def _output_norm(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> tuple[Tensor, Tensor]:
-    new, size = Inputs(dtype, device), config.value_dim
+def _output_norm(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> tuple[Tensor, Tensor]:
+    new, size = Inputs(dtypes, device), config.value_dim
     return decode_linear.prepare(new(units[0], size), new(size), None, True, config.norm_eps)
 
 
-def _swiglu(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> Tensor:
-    return decode_linear.combine_halves(Inputs(dtype, device)(units[0], 2 * config.mlp_size))
+def _swiglu(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> Tensor:
+    return decode_linear.combine_halves(Inputs(dtypes, device)(units[0], 2 * config.mlp_size))
 
 
-def _route(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> tuple[Tensor, Tensor]:
-    return route.route_fwd(Inputs(torch.float32, device)(units[0], config.num_memories), config.topk)
+def _route(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> tuple[Tensor, Tensor]:
+    return route.route_fwd(Inputs(dtypes, device).wide(units[0], config.num_memories), config.topk)
 
 
-def _dispatch(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> tuple[Tensor, ...]:
+def _dispatch(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> tuple[Tensor, ...]:
     indices, bounds = _routing(config, units, device)
     rows = units[1] * CHUNK
     return dispatch.dispatch(indices, bounds, None, config.num_memories, config.shared_mem, CHUNK, rows)
 
 
-def _permute(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> Tensor:
+def _permute(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> Tensor:
     plan = _plan(config, units, device)
-    return permute.permute_fwd(Inputs(dtype, device)(units[2], config.hidden_size), plan.slot_of, plan.entry_of)
+    return permute.permute_fwd(Inputs(dtypes, device)(units[2], config.hidden_size), plan.slot_of, plan.entry_of)
 
 
 def _columns(config: MoMConfig) -> tuple[int, int]:
     return config.num_heads * config.head_dim, config.value_heads * config.value_dim
 
 
-def _kv_rows(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> Tensor:
-    new, width = Inputs(dtype, device), config.hidden_size
+def _kv_rows(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> Tensor:
+    new, width = Inputs(dtypes, device), config.hidden_size
     plan, rows = _plan(config, units, device), new(units[1] * CHUNK, width)
     weight = new(config.total_memories, sum(_columns(config)), width)
     return grouped_linear.grouped_linear_own(rows, weight, plan.group_offset)
 
 
-def _conv_qkv(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> tuple[Tensor, ...]:
-    new, plan, (keys, values) = Inputs(dtype, device), _plan(config, units, device), _columns(config)
+def _conv_qkv(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> tuple[Tensor, ...]:
+    new, plan, (keys, values) = Inputs(dtypes, device), _plan(config, units, device), _columns(config)
     width = config.conv_size if config.use_short_conv else 1
     channels, segments = 2 * keys + values, units[0] * config.total_memories
     return conv_qkv.conv_qkv_fwd(
         new(units[2], keys),
         new(units[1] * CHUNK, keys + values),
         new(channels, width),
-        new(segments, channels, width - 1) if width > 1 else None,
+        new.kept(segments, channels, width - 1) if width > 1 else None,
         plan.slot_of,
         plan.entry_of,
         *plan.segments,
@@ -205,18 +206,16 @@ def _conv_qkv(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch
     )
 
 
-def _gate_rows(
-    config: MoMConfig, dtype: torch.dtype, rule: str, units: Units, device: torch.device
-) -> tuple[Tensor, ...]:
-    new, plan, kind = Inputs(dtype, device), _plan(config, units, device), RULES[rule]
+def _gate_rows(config: MoMConfig, dtypes: Dtypes, rule: str, units: Units, device: torch.device) -> tuple[Tensor, ...]:
+    new, plan, kind = Inputs(dtypes, device), _plan(config, units, device), RULES[rule]
     scalar, heads, small = kind.gate == "scalar", config.value_heads, _small_outputs(config, rule)
     v = new(units[1] * CHUNK, heads, config.value_dim)
     result = gate_rows(
         config,
         rule,
         new.wide(units[2], small) if small else None,
-        new(heads) if scalar else None,
-        new(heads) if scalar else None,
+        new.kept(heads) if scalar else None,
+        new.kept(heads) if scalar else None,
         -new.wide(heads).abs() if kind.gate == "head" else None,
         plan.entry_of,
         plan.chunk_segment,
@@ -225,10 +224,8 @@ def _gate_rows(
     return (v, *(gate for gate in result if gate is not None))
 
 
-def _chunk_rule(
-    config: MoMConfig, dtype: torch.dtype, rule: str, units: Units, device: torch.device
-) -> tuple[Tensor, ...]:
-    new, plan, kind = Inputs(dtype, device), _plan(config, units, device), RULES[rule]
+def _chunk_rule(config: MoMConfig, dtypes: Dtypes, rule: str, units: Units, device: torch.device) -> tuple[Tensor, ...]:
+    new, plan, kind = Inputs(dtypes, device), _plan(config, units, device), RULES[rule]
     rows, heads, value_heads = units[1] * CHUNK, config.num_heads, config.value_heads
     q, k = (torch.nn.functional.normalize(new(rows, heads, config.head_dim), dim=-1) for _ in range(2))
     return memory_rule.chunk_fwd(
@@ -244,12 +241,12 @@ def _chunk_rule(
     )
 
 
-def _combine(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> Tensor:
-    new, plan = Inputs(dtype, device), _plan(config, units, device)
+def _combine(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> Tensor:
+    new, plan = Inputs(dtypes, device), _plan(config, units, device)
     rows = new(units[1] * CHUNK, config.value_heads, config.value_dim)
     return combine.combine_fwd(rows, new.wide(units[2], config.topk).abs(), plan.slot_of, plan.entry_of)
 
 
-def _gated_rms_norm(config: MoMConfig, dtype: torch.dtype, units: Units, device: torch.device) -> Tensor:
-    new, size = Inputs(dtype, device), config.value_dim
+def _gated_rms_norm(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.device) -> Tensor:
+    new, size = Inputs(dtypes, device), config.value_dim
     return gated_rms_norm.gated_rms_norm_fwd(new(units[0], size), new(units[0], size), new(size), config.norm_eps)

@@ -122,6 +122,10 @@ class Runner:
         """Raise ValueError unless the files have the names, shapes and operators of the contract."""
         raise NotImplementedError
 
+    def why_not(self) -> str | None:
+        """What is missing on this machine to run the artifact; None: nothing that is known without running it."""
+        return None
+
     def _run(self, ids: NDArray[np.int64], state: State) -> tuple[Any, State]:
         raise NotImplementedError
 

@@ -18,12 +18,15 @@ ENGINE_INPUTS = {
     "block_table": ["batch_size", "max_num_blocks"],
 }
 STANDARD_DOMAINS = ("", "ai.onnx")
+KERNELS_DOMAIN = "mom"
+"""Of the operators of ``cpp/mom_onnx.cpp``."""
 TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
     "triton-server": STANDARD_DOMAINS,
     "tensorrt": STANDARD_DOMAINS,
     "opset27": STANDARD_DOMAINS,
     "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft"),
+    "onnxruntime-cuda": (*STANDARD_DOMAINS, KERNELS_DOMAIN),
 }
 
 

@@ -34,9 +34,9 @@ class GraphRunner(OnnxRunner):
 
     _widened: tempfile.TemporaryDirectory[str] | None = None
 
-    def _create_session(self, name: str, options: Any) -> Any:
+    def _create_session(self, name: str, options: Any, providers: Sequence[Any]) -> Any:
         if self._providers != [PROVIDER]:
-            return super()._create_session(name, options)
+            return super()._create_session(name, options, providers)
         settings = self.manifest["provider_options"][name]
         return provider_session(self._runtime, super()._graph_file(name), options, settings)
 

@@ -74,6 +74,9 @@ def verify_folder(
 ) -> Report:
     """:func:`verify` without the comparison of configurations."""
     runner = _open(folder)
+    if reason := runner.why_not():
+        checks = [_structure(runner), Check("not run on this machine", None, True, reason)]
+        return Report(f"{runner.manifest['target']} artifact", tolerance, tuple(checks))
     checks = [_structure(runner), _recorded(folder, runner, tolerance)]
     if model is not None:
         if is_float32(runner):

@@ -18,7 +18,7 @@ from .._files import atomic_directory
 from ..model import MoMForCausalLM
 from ..state import layer_shapes
 from ..tokenizer import BYTE_VOCAB_SIZE
-from .artifact import is_artifact, write_manifest
+from .artifact import check_replaceable, write_manifest
 
 if TYPE_CHECKING:
     from ..data import TokenStream
@@ -51,8 +51,7 @@ def write_artifact(
     from .verification import record_reference, verify_folder
 
     folder = Path(directory)
-    if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder):
-        raise ValueError(f"directory must be new, empty or an artifact, got {str(folder)!r} with other files in it")
+    check_replaceable(folder)
     exact = copy.deepcopy(model).to("cpu", torch.float32).eval()
     with atomic_directory(folder, keep=False) as staging:
         kind = _write_tokenizer(staging, tokenizer, model.config.vocab_size)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WARM_UP_STEPS = 2
 
 
-class _Layer(NamedTuple):
+class DecodeWeights(NamedTuple):
     """A block's weights as its decode step reads them; those behind a norm are multiplied by its weight."""
 
     attention: MoMAttention
@@ -110,7 +110,7 @@ class DecodeSession:
         self._fingerprint = _fingerprint(model)
         self._parameters = list(model.parameters())
         with torch.no_grad():
-            self._layers = [_gather(block) for block in model.model.layers]
+            self._layers = [gather_weights(block) for block in model.model.layers]
             self._embedding = model.model.embeddings.weight.detach()
             self._norm, self._head = model.model.norm.weight.detach(), model.lm_head.weight.detach()
             device = self._head.device
@@ -212,7 +212,7 @@ class DecodeSession:
         return self._operators.linear(x, self._head, norm_weight=self._norm, norm=True, eps=eps)[0]
 
 
-def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float, operators: _Operators) -> None:
+def _block(layer: DecodeWeights, state: LayerState, x: Tensor, eps: float, operators: _Operators) -> None:
     """One block's step on x ``[B, D]`` and the state, both in place."""
     attention, config = layer.attention, layer.attention.config
     batch, groups = x.shape[0], attention.kv_proj.shape[0]
@@ -245,14 +245,15 @@ def _block(layer: _Layer, state: LayerState, x: Tensor, eps: float, operators: _
     operators.linear_(x, hidden, layer.down)
 
 
-def _gather(block: Any) -> _Layer:
+def gather_weights(block: Any) -> DecodeWeights:
+    """Those of a block, side by side."""
     attention, mlp = block.attn, block.mlp
     wide = [attention.q_proj.weight, attention.kv_proj.flatten(0, 1)]
     if attention.config.use_output_gate:
         wide.append(attention.g_proj.weight)
     dtype = torch.promote_types(attention.q_proj.weight.dtype, torch.float32)
     norm = block.attn_norm.weight.to(dtype)
-    return _Layer(
+    return DecodeWeights(
         attention,
         _behind(wide, norm),
         (torch.cat([weight.to(dtype) for weight in small_weights(attention)]) * norm).detach(),

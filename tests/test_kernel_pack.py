@@ -19,7 +19,7 @@ from mom_compile import MoMConfig, MoMForCausalLM
 from mom_compile.cli import main
 from mom_compile.export import load, to_kernels
 from mom_compile.export.artifact import read_manifest
-from mom_compile.export.kernel_function import Function
+from mom_compile.export.kernel_function import Dtypes, Function
 from mom_compile.export.kernel_functions import functions
 from mom_compile.export.kernel_pack import ARCHITECTURES
 from mom_compile.export.kernel_table import Argument, entries, record
@@ -34,6 +34,7 @@ if INTERPRET:
 
 SOURCES = Path(__file__).parent / "cpp"
 META = torch.device("meta")
+BFLOAT16 = Dtypes(torch.bfloat16, torch.bfloat16)
 
 
 def _compiler() -> str:
@@ -87,7 +88,7 @@ def _units(function: Function, sizes: Units) -> Units:
 
 
 def _functions(config: MoMConfig) -> dict[str, Function]:
-    return {function.name: function for function in functions(config, torch.bfloat16)}
+    return {function.name: function for function in functions(config, BFLOAT16)}
 
 
 @pytest.mark.parametrize("rule", ["gated_delta", "linear"])
@@ -350,7 +351,7 @@ def test_equals_the_operators_on_a_gpu(changes: dict[str, object], tmp_path: Pat
     pack = tmp_path / "kernels"
     to_kernels(model, pack, [architecture])
     cases = []
-    for function in functions(model.config, torch.bfloat16):
+    for function in functions(model.config, BFLOAT16):
         if len(function.units) > 1:
             sizes = [(sequences, _chunks(model.config, sequences, tokens), tokens) for sequences, tokens in PACKED]
         else:

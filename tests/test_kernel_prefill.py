@@ -13,6 +13,7 @@ from support import INTERPRET, ON_GPU, assert_close
 from torch import Tensor
 
 from mom_compile import MoMForCausalLM
+from mom_compile.export.kernel_function import Dtypes
 from mom_compile.export.prefill_functions import ORDER, prefill_functions
 from mom_compile.mom_attention import MoMAttention
 from mom_compile.ops._layout import CHUNK
@@ -35,6 +36,7 @@ from mom_compile.ops.permute import launch as permute
 from mom_compile.ops.route import launch as route
 
 State = list[dict[str, Tensor]]
+FLOAT32 = Dtypes(torch.float32, torch.float32)
 
 
 def behind(norm: Any, weight: Any) -> Tensor:
@@ -145,7 +147,7 @@ def test_the_table_is_that_of_real_launches(tmp_path: Path) -> None:
     chunks = rows_bound(70, config.topk, 2, config.num_memories, config.shared_mem) // CHUNK + 1
     cases = [
         (function, (2, chunks, 70) if len(function.units) > 1 else (3, 0, 0))
-        for function in prefill_functions(config, torch.float32)
+        for function in prefill_functions(config, FLOAT32)
     ]
     count = write_cases(tmp_path / "cases", cases, 86, "cuda" if ON_GPU else "cpu")
     assert count == len(cases) + 24  # functions and launches: dispatch six, the rule four, conv_qkv two
@@ -154,5 +156,5 @@ def test_the_table_is_that_of_real_launches(tmp_path: Path) -> None:
 def test_the_order_names_every_function() -> None:
     for rule, variant in CASES:
         config = tiny_model(rule, **VARIANTS[variant]).config
-        for function in prefill_functions(config, torch.float32):
+        for function in prefill_functions(config, FLOAT32):
             assert function.name.replace(f"_{rule}", "_RULE") in ORDER

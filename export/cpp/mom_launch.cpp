@@ -3,7 +3,8 @@
 
 #include <dlfcn.h>
 
-#include <cstdio>
+#include <algorithm>
+#include <cstring>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -93,6 +94,13 @@ bool read_file(const std::string &path, std::string &bytes) {
     return file && !bytes.empty();
 }
 
+template <class Named>
+const Named *named(const Named *list, uint32_t count, const char *name) {
+    for (const Named *item = list; item != list + count; ++item)
+        if (!std::strcmp(item->name, name)) return item;
+    return nullptr;
+}
+
 }  // namespace
 
 struct mom_pack {
@@ -105,9 +113,51 @@ struct mom_pack {
     std::map<const mom_kernel *, Loaded> loaded;
 };
 
+namespace {
+
+bool is_of(const mom_kernel &kernel, const mom_pack *pack, const char *function) {
+    const size_t length = std::strlen(function);
+    return kernel.architecture == pack->architecture && !std::strncmp(kernel.name, function, length) &&
+           kernel.name[length] == '.';
+}
+
+/* The kernels of a function for its first size, in order; largest: up to which size there are any. */
+std::vector<const mom_kernel *> kernels_of(const mom_pack *pack, const char *function, uint32_t size, uint32_t &largest) {
+    std::vector<const mom_kernel *> found;
+    for (uint32_t i = 0; i < mom_kernel_count; ++i) {
+        const mom_kernel &kernel = mom_kernels[i];
+        if (!is_of(kernel, pack, function)) continue;
+        largest = std::max(largest, kernel.largest);
+        if (kernel.smallest <= size && size <= kernel.largest) found.push_back(&kernel);
+    }
+    return found;
+}
+
+/* By how much a buffer grows with the first size. */
+int64_t bytes_of_one(const mom_pack *pack, const char *function, const char *buffer) {
+    for (uint32_t i = 0; i < mom_kernel_count; ++i)
+        if (is_of(mom_kernels[i], pack, function))
+            for (uint32_t j = 0; j < mom_kernels[i].num_arguments; ++j)
+                if (!std::strcmp(mom_kernels[i].arguments[j].name, buffer))
+                    return mom_kernels[i].arguments[j].amount.per_unit[0];
+    return 0;
+}
+
+}  // namespace
+
 extern "C" {
 
 const char *mom_error(void) { return last_error.c_str(); }
+
+const char *mom_folder(void) {
+    static const std::string folder = [] {
+        Dl_info info;
+        const std::string path = dladdr(reinterpret_cast<void *>(&mom_folder), &info) ? info.dli_fname : "";
+        const size_t slash = path.rfind('/');
+        return slash == std::string::npos ? std::string(".") : path.substr(0, slash);
+    }();
+    return folder.c_str();
+}
 
 int mom_use_device(int device) {
     const Driver *cuda = driver();
@@ -120,14 +170,21 @@ int mom_use_device(int device) {
     return code ? fail("device " + std::to_string(device) + ": " + cuda->text(code)) : 0;
 }
 
+int mom_device(void) {
+    const Driver *cuda = driver();
+    if (!cuda) return -1;
+    int device = 0;
+    const int code = cuda->current_device(&device);
+    if (!code) return device;
+    fail("a CUDA context must be current, got: " + cuda->text(code) + "; call mom_use_device first");
+    return -1;
+}
+
 mom_pack *mom_open(const char *folder) {
     const Driver *cuda = driver();
-    if (!cuda) return nullptr;
-    int device = 0, major = 0, minor = 0;
-    if (int code = cuda->current_device(&device)) {
-        fail("a CUDA context must be current, got: " + cuda->text(code) + "; call mom_use_device first");
-        return nullptr;
-    }
+    const int device = mom_device();
+    int major = 0, minor = 0;
+    if (device < 0) return nullptr;
     cuda->attribute(&major, kMajor, device);
     cuda->attribute(&minor, kMinor, device);
     const uint32_t own = static_cast<uint32_t>(major * 10 + minor);
@@ -234,28 +291,43 @@ int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[3]
 }
 
 int mom_run(mom_pack *pack, const char *function, const uint32_t units[3], const mom_buffer *buffers, uint32_t count,
-            void *stream) {
-    const std::string prefix = std::string(function) + ".";
-    bool found = false;
-    for (uint32_t i = 0; i < mom_kernel_count; ++i) {
-        const mom_kernel *kernel = &mom_kernels[i];
-        if (kernel->architecture != pack->architecture || std::string(kernel->name).compare(0, prefix.size(), prefix) ||
-            units[0] < kernel->smallest || units[0] > kernel->largest)
-            continue;
-        found = true;
+            const mom_number *numbers, uint32_t num_numbers, void *stream) {
+    uint32_t largest = 0;
+    const std::vector<const mom_kernel *> kernels = kernels_of(pack, function, units[0], largest);
+    if (kernels.empty() && (num_numbers || units[1] || !largest || units[0] < largest))
+        return fail(std::string(function) + " has no kernel for size " + std::to_string(units[0]));
+    if (kernels.empty()) {
+        std::vector<mom_buffer> part(buffers, buffers + count);
+        for (uint32_t first = 0; first < units[0]; first += largest) {
+            const uint32_t piece[3] = {std::min(largest, units[0] - first), 0, 0};
+            for (uint32_t i = 0; i < count; ++i)
+                part[i].pointer = buffers[i].pointer + first * bytes_of_one(pack, function, buffers[i].name);
+            if (mom_run(pack, function, piece, part.data(), count, nullptr, 0, stream)) return 1;
+        }
+        return 0;
+    }
+    for (const mom_kernel *kernel : kernels) {
         std::vector<uint64_t> pointers;
+        std::vector<mom_scalar> scalars;
         for (uint32_t j = 0; j < kernel->num_arguments; ++j) {
             const mom_argument &argument = kernel->arguments[j];
-            if (argument.kind != MOM_POINTER) continue;
-            const mom_buffer *buffer = buffers;
-            while (buffer != buffers + count && std::string(buffer->name) != argument.name) ++buffer;
-            if (buffer == buffers + count)
-                return fail(std::string(kernel->name) + " needs a buffer " + argument.name + ", got none; pass it");
-            pointers.push_back(buffer->pointer);
+            if (argument.kind == MOM_POINTER) {
+                const mom_buffer *buffer = named(buffers, count, argument.name);
+                if (!buffer)
+                    return fail(std::string(kernel->name) + " needs a buffer " + argument.name + ", got none; pass it");
+                pointers.push_back(buffer->pointer);
+                continue;
+            }
+            const mom_number *number = named(numbers, num_numbers, argument.name);
+            mom_scalar value;
+            if (argument.kind == MOM_FLOAT32)
+                value.real = argument.real;
+            else
+                value.whole = number ? number->value : static_cast<int32_t>(mom_amount(&argument, units));
+            scalars.push_back(value);
         }
-        if (mom_launch(pack, kernel, units, pointers.data(), nullptr, stream)) return 1;
+        if (mom_launch(pack, kernel, units, pointers.data(), scalars.data(), stream)) return 1;
     }
-    if (!found) return fail(std::string(function) + " has no kernel for size " + std::to_string(units[0]));
     return 0;
 }
 

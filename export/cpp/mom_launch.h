@@ -60,12 +60,18 @@ typedef union {
 
 typedef struct mom_pack mom_pack;
 
+/* The folder of the library or program that mom_launch.cpp is part of. */
+const char *mom_folder(void);
+
 /* The kernels of mom_kernels.h whose files lie in folder, for the device of the current context. NULL on an error. */
 mom_pack *mom_open(const char *folder);
 void mom_close(mom_pack *pack);
 
 /* Makes the primary context of a device current, for programs without a CUDA context. 0 on success. */
 int mom_use_device(int device);
+
+/* The device of the current context, -1 where there is none. */
+int mom_device(void);
 
 /* The kernel of that name for this device and first size; NULL where there is none. */
 const mom_kernel *mom_find(mom_pack *pack, const char *name, uint32_t first_unit);
@@ -86,9 +92,16 @@ typedef struct {
     uint64_t pointer;
 } mom_buffer;
 
-/* All kernels of a function one after the other, with the table's scalars. Asynchronous; 0 on success. */
+/* A whole number to pass in place of the table's: a stride, where a buffer is part of a wider one. */
+typedef struct {
+    const char *name;
+    int32_t value;
+} mom_number;
+
+/* All kernels of a function one after the other. A function of one size that is larger than its kernels take goes in
+ * pieces, unless numbers are given. Asynchronous; 0 on success. */
 int mom_run(mom_pack *pack, const char *function, const uint32_t units[3], const mom_buffer *buffers, uint32_t count,
-            void *stream);
+            const mom_number *numbers, uint32_t num_numbers, void *stream);
 
 /* Copies on the device, asynchronous. 0 on success. */
 int mom_copy(uint64_t to, uint64_t from, uint64_t bytes, void *stream);

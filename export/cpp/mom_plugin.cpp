@@ -10,7 +10,6 @@
 //   g++ -std=c++17 -O2 -shared -fPIC -I<TensorRT>/include -I<CUDA>/include mom_plugin.cpp mom_launch.cpp
 //       -o libmom_plugin.so -ldl
 #include <NvInferRuntime.h>
-#include <dlfcn.h>
 
 #include <cstring>
 #include <memory>
@@ -29,14 +28,6 @@ nvinfer1::ILoggerFinder *logger_finder = nullptr;
 void log_error(const char *text) {
     ILogger *logger = logger_finder ? logger_finder->findLogger() : nullptr;
     if (logger) logger->log(ILogger::Severity::kERROR, text);
-}
-
-std::string own_folder() {
-    Dl_info info;
-    if (!dladdr(reinterpret_cast<void *>(&own_folder), &info)) return ".";
-    const std::string path = info.dli_fname;
-    const size_t slash = path.rfind('/');
-    return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
 bool is(const mom_argument *argument, const char *name) { return !std::strcmp(argument->name, name); }
@@ -170,7 +161,7 @@ public:
 
     int32_t enqueue(PluginTensorDesc const *descriptions, PluginTensorDesc const *, void const *const *inputs,
                     void *const *outputs, void *workspace, cudaStream_t stream) noexcept override {
-        if (!pack_) pack_ = mom_open(own_folder().c_str());
+        if (!pack_) pack_ = mom_open(mom_folder());
         if (!pack_) return failed();
         const uint32_t units[3] = {static_cast<uint32_t>(descriptions[signature_.index("q")].dims.d[0]), 0, 0};
         std::vector<mom_buffer> buffers{{"y", address(workspace)}, {"o", address(outputs[0])}};
@@ -185,7 +176,7 @@ public:
             buffer.pointer = address(outputs[i]);
         }
         const auto count = static_cast<uint32_t>(buffers.size());
-        return mom_run(pack_, function_.c_str(), units, buffers.data(), count, stream) ? failed() : 0;
+        return mom_run(pack_, function_.c_str(), units, buffers.data(), count, nullptr, 0, stream) ? failed() : 0;
     }
 
     IPluginV3 *attachToContext(IPluginResourceContext *) noexcept override { return clone(); }

@@ -10,6 +10,7 @@ from .verify import add_text_argument
 
 TARGETS = {
     "onnxruntime": "com.microsoft::LinearAttention, fast",
+    "onnxruntime-cuda": "the Triton kernels as operators of onnxruntime on CUDA",
     "portable": "standard ONNX operators only",
     "opset27": "standard ONNX operators, those of opset 27 among them",
     "genai": "a folder for ONNX Runtime GenAI",
@@ -21,9 +22,9 @@ TARGETS = {
 }
 
 OPTIONS = {
-    "precision": ("onnxruntime", "tensorrt"),
+    "precision": ("onnxruntime", "onnxruntime-cuda", "tensorrt"),
     "state_dtype": ("onnxruntime", "portable", "opset27", "genai", "triton-server"),
-    "compute_capability": ("tensorrt", "kernels"),
+    "compute_capability": ("tensorrt", "kernels", "onnxruntime-cuda"),
     "profile": ("tensorrt",),
     "batch": ("tensorrt",),
     "length": ("tensorrt",),
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     option(
         "precision",
-        "int8 and int4 are of the weights alone (default float32)",
+        "int8 and int4 are of the weights alone (default float32, onnxruntime-cuda: float16)",
         choices=["float32", "float16", "bfloat16", "int8", "int4"],
     )
     option(
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "compute_capability",
-        "GPUs to build for, times ten (default 86 89 120; kernels: 80 87 90 too)",
+        "GPUs to build for, times ten (default 86 89 120; kernels: 80 87 90 too; onnxruntime-cuda: 80 90 too)",
         type=int,
         nargs="+",
         metavar="CC",
@@ -107,9 +108,8 @@ def run(args: argparse.Namespace) -> int:
     }
     exporter = exporters.get(args.to)
     if exporter is None:
-        exporter = partial(
-            export.to_onnx, target=args.to, text=held_out(args.checkpoint, args.text, model.config.vocab_size)
-        )
+        options["text"] = held_out(args.checkpoint, args.text, model.config.vocab_size)
+        exporter = export.to_onnx_cuda if args.to == "onnxruntime-cuda" else partial(export.to_onnx, target=args.to)
     report = exporter(model, args.target, **options)
     print(report)
     print(f"{args.target}: {args.to}, largest relative error {report.error:.1e}")

@@ -113,6 +113,7 @@ def decode_tile_kernel(
             if SWIGLU:
                 right = product(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
             if NORM:
+                value = value.to(tl.bfloat16)  # whose range holds the squares of float16
                 squares = product(value, tl.permute(value, (0, 2, 1)), squares)
         total = tl.sum(total, 0)
         if SWIGLU:

@@ -91,8 +91,8 @@ def decode_linear(
         programs = cdiv(outputs, config.constants["BO"]) + cdiv(small_outputs, config.constants["BP"])
         launch(decode_row_kernel, (rows * programs,), config, x, weight, norm_weight, small_weight, y, small, eps)
         return y, small
-    # Squares of float16 may overflow; float32 would need tensor cores in several passes.
-    tiles = rows <= MOST_TILE_ROWS and x.dtype == torch.bfloat16
+    # float32 would need tensor cores in several passes.
+    tiles = rows <= MOST_TILE_ROWS and x.dtype != torch.float32
     if norm_weight is not None or not tiles and (norm or small_weight is not None):
         x, small = prepare(x, norm_weight, small_weight, norm, eps)
         norm, small_weight, small_outputs = False, None, 0
@@ -167,7 +167,7 @@ def variants() -> Iterator[KernelVariant]:
                 config = _row_config(width, outputs, small, norm, swiglu, add, dtype)
                 arguments = _arguments(decode_row_kernel, dtype, weight, small > 0)
                 yield variant(label, decode_row_kernel, arguments, config, quick)
-                if dtype == torch.bfloat16:
+                if dtype != torch.float32:
                     arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
                     config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
                     yield variant(label, decode_tile_kernel, arguments, config, quick)

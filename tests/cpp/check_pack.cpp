@@ -105,7 +105,7 @@ int main(int argc, char **argv) {
         } else {
             std::vector<mom_buffer> buffers;
             for (size_t i = 0; i < count; ++i) buffers.push_back({names[i].c_str(), pointers[i]});
-            failed = mom_run(pack, name.c_str(), units, buffers.data(), static_cast<uint32_t>(count), nullptr);
+            failed = mom_run(pack, name.c_str(), units, buffers.data(), static_cast<uint32_t>(count), nullptr, 0, nullptr);
         }
         if (failed || memory.synchronize()) return std::fprintf(stderr, "%s: %s\n", name.c_str(), mom_error()), 2;
         ++launches;
