@@ -29,7 +29,10 @@ class Guards(TorchFunctionMode):
 
     def _middle(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = torch.Size(shape).numel()
-        fill = torch.nan if dtype.is_floating_point else 1 if dtype == torch.bool else -(1 << 40)
+        if dtype.is_floating_point:
+            fill = torch.nan
+        else:
+            fill = 1 if dtype == torch.bool else max(-(1 << 40), torch.iinfo(dtype).min)
         buffer = torch.full((size + 2 * BAND,), fill, dtype=dtype, device=device)
         self.buffers.append((buffer, size))
         return buffer[BAND : BAND + size].view(shape)

@@ -294,6 +294,30 @@ def test_long_segments_in_pieces(rule: str, key_dim: int, kind: str, monkeypatch
 
 
 @pytest.mark.skipif(not INTERPRET and not ON_GPU, reason="of the kernels")
+def test_pieces_clear_the_rows_of_no_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that belong to none, before, between and behind the segments; no state before them."""
+    from test_guard_bands import Guards
+
+    from mom_compile.ops.memory_rule import launch
+
+    monkeypatch.setattr(launch, "_config", inspect.unwrap(launch._config))
+    monkeypatch.setattr(launch, "PIECE", 2)
+    q, k, v, g, beta = (x[0] for x in rule_inputs("gated_delta", (1, 640), 1, 1, 64, 64) if x is not None)
+    q, k, v = (x.bfloat16().contiguous() for x in (q, k, v))
+    owner = [-1, 0, 0, 0, 7, -1, 1, 1, 1, -1]
+    start, length, chunks = (torch.tensor(x, dtype=torch.int32) for x in ([64, 384], [150, 192], owner))
+    results = []
+    for pieces in (False, True):
+        monkeypatch.setattr(launch, "_in_pieces", lambda *_, pieces=pieces: pieces)
+        with Guards():  # memory that holds NaN
+            results.append(launch.chunk_fwd(q, k, v, g, beta, None, start, length, chunks, 0.125, 0)[:2])
+    for plain, split in zip(*results, strict=True):
+        assert_close(split, plain, TOLERANCES[torch.bfloat16], "in pieces")
+    o = results[1][0].view(10, -1)
+    assert [bool(row.any()) for row in o] == [segment in (0, 1) for segment in owner]
+
+
+@pytest.mark.skipif(not INTERPRET and not ON_GPU, reason="of the kernels")
 @pytest.mark.parametrize("lengths", [[], [5], [64, 0, 300, 64, 1], torch.randint(0, 9, (200,)).tolist()])
 def test_scans_start_with_the_longest_segments(lengths: list[int]) -> None:
     from mom_compile.ops.memory_rule import launch

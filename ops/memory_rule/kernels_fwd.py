@@ -370,15 +370,15 @@ def chunk_pairs_kernel(
 
 @helper
 def scan_chunks(
-    k, v, gates, inverse, states, v_new, state, start, length, head, col, value, keep,
+    k, v, gates, inverse, states, v_new, q, scores, o, scale, state, start, length, head, col, value, keep,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BV: tl.constexpr, SHIFT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DELTA: tl.constexpr, FENCE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of the state, NK tiles ``[BK, BV]``, behind ``length`` rows from ``start`` on.
 
-    Stores the states before each chunk and v_new, where they are not None. Its columns of v are ``value - SHIFT``; none
-    where ``keep`` is 0.
+    Stores the states before each chunk, v_new and o (as chunk_out_kernel, for a delta rule), where they are not None.
+    Its columns of v are ``value - SHIFT``; none where ``keep`` is 0.
     """
     row, square = tl.arange(0, ROWS), tl.arange(0, ROWS)
     chunks = (length + ROWS - 1) // ROWS
@@ -409,12 +409,17 @@ def scan_chunks(
                 store_state(before, state[b], b * BK + col, value, K, V)
         if HAS_DELTA:
             read = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
+            out = tl.full([ROWS, BV], 0.0, dtype=tl.float32)
             for b in tl.static_range(NK):
                 # One tile after the other, so that they can share their place in shared memory.
                 if states is not None:
                     store_state(before, state[b], b * BK + col, value, K, V)
                 k_tile = key_tile(k_tiles, b, k + source, row, col, H * K, count, K, PRECISION)
-                read = product(k_tile, state[b].to(k_tile.dtype), read, PRECISION)
+                s_tile = state[b].to(k_tile.dtype)
+                read = product(k_tile, s_tile, read, PRECISION)
+                if o is not None:
+                    q_tile = load_rows(q + source, row, b * BK + col, H * K, count, K)
+                    out = product(q_tile, s_tile, out, PRECISION)
             if HAS_GATE:
                 read *= from_start[:, None]
             v_tile = (v_tile - read) * rate[:, None]
@@ -423,6 +428,12 @@ def scan_chunks(
             v_tile = product(a_tile, v_tile.to(a_tile.dtype), zero, PRECISION)
             if v_new is not None:
                 store_rows(v_new + target, v_tile, row, value, HV * V, V)
+            if o is not None:
+                if HAS_GATE:
+                    out *= from_start[:, None]
+                p_tile = load_square(scores + (first * HV + head) * ROWS, row, square, HV * ROWS, 1)
+                out = product(p_tile, v_tile.to(p_tile.dtype), out * scale, PRECISION)
+                store_rows(o + target, out, row, value, HV * V, V)
             if HAS_GATE:
                 # As it is kept: the backward's states come from v_new, and no later read corrects what would differ.
                 v_tile = v_tile.to(v.dtype.element_ty).to(tl.float32)
@@ -461,7 +472,7 @@ def chunk_scan_kernel(
             tile = load_state(initial_state + state_offset, b * BK + col, value, K, V).to(tl.float32)
         state = state + (tile,)  # type: ignore[assignment]
     state = scan_chunks(
-        k, v, gates, inverse, states, v_new, state, start, length, head, col, value, 1,
+        k, v, gates, inverse, states, v_new, None, None, None, 1.0, state, start, length, head, col, value, 1,
         H, HV, K, V, BK, NK, BV, 0, HAS_GATE, HAS_DELTA, FENCE, PRECISION,
     )  # fmt: skip
     for b in tl.static_range(NK):

@@ -132,13 +132,13 @@ def _piece_config(kernel: Any, heads: _Heads) -> tuple[Config, int]:
     key, value = heads.K, heads.V
     constants: dict[str, Any] = {"HV": heads.HV, "K": key, "V": value, "PIECE": PIECE}
     constants["PRECISION"] = "interpreter" if INTERPRET else "tf32"
+    stages = 3 if key <= 128 else 2  # three of 256 keys take more shared memory than there is
     if kernel is chunk_join_kernel:
-        return Config(constants | {"BK": 32, "BV": 16}, num_stages=2), value // 16
-    columns = 32 if kernel is chunk_piece_kernel and key <= 128 else 64
-    bk, stages = min(key, 256 if columns == 32 else 128), 3 if columns == 32 else 2
+        return Config(constants | {"BK": 64, "BV": 16, "FENCE": not FENCED}, num_stages=stages), value // 16
+    bk, columns = min(key, 128), value + (key if kernel is chunk_transition_kernel else 0)
     constants |= {"H": heads.H, "HAS_GATE": heads.gate, "FENCE": False}
-    constants |= {"BK": bk, "NK": key // bk, "BV": columns}
-    return Config(constants, num_stages=stages), (value + (key if kernel is chunk_transition_kernel else 0)) // columns
+    constants |= {"BK": bk, "NK": key // bk, "BV": 64}
+    return Config(constants, num_stages=stages), columns // 64
 
 
 def _in_pieces(heads: _Heads, chains: int, chunks: int, segments: int, shared_kb: int) -> bool:
@@ -244,33 +244,37 @@ def _scan(
     return final_state, states, v_new
 
 
-def _scan_in_pieces(
+def _out_in_pieces(
     heads: _Heads,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     gates: Tensor | None,
     inverse: Tensor | None,
+    scores: Tensor,
     initial_state: Tensor | None,
     tables: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_scan`. The states differ by rounding: not for a backward, which computes them again."""
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """o and the final state, where nothing else is kept. The states differ from :func:`_scan`'s by rounding: not for a
+    backward, which computes them again."""
     segment_start, segment_length, chunk_segment = tables
-    rows, segments = k.shape[0], segment_start.shape[0]
-    pieces = chunk_segment.shape[0] // PIECE + segments  # at most
+    rows, segments, chunks = k.shape[0], segment_start.shape[0], chunk_segment.shape[0]
+    pieces = chunks // PIECE + segments  # at most
     dtype = torch.float32 if initial_state is None else initial_state.dtype
-    final_state = v.new_empty(segments, heads.HV, heads.K, heads.V, dtype=dtype)
-    states, v_new = v.new_empty(chunk_segment.shape[0], heads.HV, heads.K, heads.V), torch.empty_like(v)
-    transitions = gates.new_empty(pieces, heads.HV, heads.K, heads.K + heads.V)  # type: ignore[union-attr]
-    starts = transitions.new_empty(pieces, heads.HV, heads.K, heads.V)
+    final_state, o = v.new_empty(segments, heads.HV, heads.K, heads.V, dtype=dtype), v.new_empty(v.shape)
+    transitions = v.new_empty(pieces, heads.HV, 2, heads.K, heads.K + heads.V, dtype=torch.bfloat16)
+    starts = transitions.new_empty(pieces, heads.HV, 2, heads.K, heads.V)
     spans, programs = (segment_start, segment_length, segments), pieces * heads.HV
-    _run(chunk_transition_kernel, heads, programs, k, v, gates, inverse, *spans, rows, transitions)
+    _run(chunk_transition_kernel, heads, programs, k, v, gates, inverse, initial_state, *spans, rows, transitions)
     _run(
         chunk_join_kernel, heads, segments * heads.HV, transitions, initial_state, *spans[1:], starts, final_state
     )  # fmt: skip
     _run(
-        chunk_piece_kernel, heads, programs, k, v, gates, inverse, *spans, rows, starts, final_state, states, v_new
+        chunk_piece_kernel, heads, programs, q, k, v, gates, inverse, scores, *tables, segments, rows, chunks, starts,
+        final_state, o, scale,
     )  # fmt: skip
-    return final_state, states, v_new
+    return o, final_state
 
 
 def chunk_fwd(
@@ -293,11 +297,11 @@ def chunk_fwd(
     segments, chunks = segment_start.shape[0], chunk_segment.shape[0]
     alone = save == 0 and launches_run()  # nothing else computes these states again, or plans these launches
     if alone and _in_pieces(heads, segments * heads.HV, chunks, segments, shared_memory_kb(q.device)):
-        final_state, states, v_new = _scan_in_pieces(heads, k, v, gates, inverse, initial_state, tables)
-    else:
-        final_state, states, v_new = _scan(
-            heads, k, v, gates, order, inverse, initial_state, tables, bool(save & SAVE_STATES)
-        )
+        o, final_state = _out_in_pieces(heads, q, k, v, gates, inverse, scores, initial_state, tables, scale)
+        return o, final_state, v.new_empty(0), v.new_empty(0), v.new_empty(0), v.new_empty(0)
+    final_state, states, v_new = _scan(
+        heads, k, v, gates, order, inverse, initial_state, tables, bool(save & SAVE_STATES)
+    )
     o = torch.empty_like(v)
     programs = v.shape[0] // CHUNK * heads.HV
     _run(chunk_out_kernel, heads, programs, q, gates, v_new, scores, states, *tables, segment_start.shape[0], o, scale)
@@ -415,7 +419,8 @@ def recurrent_fwd(
 _TYPES = {
     "gates": "*fp32",
     **dict.fromkeys(("g", "state", "initial_state", "final_state", "dfinal_state", "dinitial_state"), "*fp32"),
-    **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg", "transitions", "starts"), "*fp32"),
+    **dict.fromkeys(("dgate", "gate_part", "beta_part", "dg"), "*fp32"),
+    **dict.fromkeys(("transitions", "starts"), "*bf16"),
     **dict.fromkeys(("segment_start", "segment_length", "chunk_segment", "order"), "*i32"),
     **dict.fromkeys(("state_indices", "cu_seqlens"), "*i64"),
     **dict.fromkeys(("tokens", "pool", "rows", "segments", "chunks"), "i32"),
