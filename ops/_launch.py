@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any, NamedTuple, TypeVar
@@ -62,8 +62,21 @@ class Config:
         return self.constants if self.overlap is None else {**self.constants, "PDL": overlap}
 
     @cached_property
-    def key(self) -> tuple[Any, ...]:
-        return *self.constants.values(), self.num_warps, self.num_stages, self.overlap, self.registers
+    def number(self) -> int:
+        """One for all configurations of equal values, which is cheaper to look up than they are."""
+        key = *self.constants.items(), self.num_warps, self.num_stages, self.overlap, self.registers
+        return _numbers.setdefault(key, len(_numbers))
+
+
+_numbers: dict[tuple[Any, ...], int] = {}
+
+
+def first_device(args: Iterable[Any]) -> torch.device:
+    """The device of the first tensor."""
+    for x in args:
+        if isinstance(x, Tensor):
+            return x.device
+    raise TypeError("a launch must have a tensor among its arguments, got none")
 
 
 class Launch(NamedTuple):
@@ -78,10 +91,12 @@ class Launch(NamedTuple):
         """Run the kernel on the device of its first tensor; an empty grid runs nothing."""
         if 0 in self.grid:
             return
-        device = next(x.device for x in self.args if isinstance(x, Tensor))
+        device = first_device(self.args)
         # Triton launches on the current device, which need not be that of the tensors.
-        elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
-        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                self._run_on(device)
+        else:
             self._run_on(device)
 
     def _run_on(self, device: torch.device) -> None:
@@ -108,8 +123,22 @@ class Launch(NamedTuple):
 
     @property
     def specialization(self) -> tuple[Any, ...]:
-        """What one compiled kernel serves: launches of one device with the same are of one kernel."""
-        return id(self.kernel), self.config.key, *map(_specialization, self.args)
+        """What one compiled kernel serves: launches of one device with the same are of one kernel.
+
+        Triton may compile anew for the dtype and alignment of a pointer, for 1, multiples of 16 and an integer's width.
+        """
+        found: list[Any] = [id(self.kernel), self.config.number]
+        for x in self.args:
+            kind = type(x)
+            if kind is Tensor:
+                found.append(x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,))
+            elif kind is int or kind is bool:
+                found.append((x == 1, x % 16 == 0, -(1 << 31) <= x < 1 << 31))
+            elif isinstance(x, Tensor):
+                found.append(x.dtype if aligned(x) else (x.dtype,))
+            else:
+                found.append(kind)
+        return tuple(found)
 
     def compile(self, device: torch.device) -> Any:
         """Compile what :meth:`run` launches on ``device``, the current one; tensors may be those of the meta device."""
@@ -127,19 +156,7 @@ class Launch(NamedTuple):
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""Kernel, device, configuration and what Triton specialises on -> compiled kernel and its constants in order."""
-
-
-def _specialization(x: Any) -> Any:
-    """What Triton may compile anew for: dtype and alignment of a pointer, 1, multiples of 16, an integer's width."""
-    kind = type(x)
-    if kind is Tensor:
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, Tensor):
-        return x.dtype, aligned(x)
-    if isinstance(x, int):
-        return x == 1, x % 16 == 0, -(1 << 31) <= x < 1 << 31
-    return kind
+"""Device, kernel, configuration and what Triton specialises on -> compiled kernel and its constants in order."""
 
 
 _hook: Callable[[Launch], None] | None = None

@@ -17,6 +17,7 @@ from .._launch import (
     KERNEL_DTYPES,
     Config,
     cdiv,
+    first_device,
     fork,
     join,
     launch,
@@ -179,8 +180,7 @@ def _plain_scan_blocks(heads: _Heads, large: bool, chains: int) -> tuple[int, in
 
 
 def _run(kernel: Any, heads: _Heads, programs: int, *args: Any) -> None:
-    shared_kb = shared_memory_kb(next(x.device for x in args if isinstance(x, Tensor)))
-    config, blocks = _config(kernel, heads, shared_kb, programs)
+    config, blocks = _config(kernel, heads, shared_memory_kb(first_device(args)), programs)
     launch(kernel, (programs * blocks,), config, *args)
 
 
