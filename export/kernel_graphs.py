@@ -67,8 +67,10 @@ def check_alignment(config: MoMConfig, dtypes: Dtypes) -> None:
 
 def write_graphs(
     model: MoMForCausalLM, folder: Path, dtypes: Dtypes, architecture: int, names: Sequence[str]
-) -> dict[str, Any]:
-    """Graphs ``decode``, ``prefill`` and ``prefill_forced`` over one weights file; returns their description by name.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Graphs ``decode``, ``prefill`` and ``prefill_forced`` over one weights file.
+
+    Returns their description by name, and the weights that several have: name, dtype, shape, offset in the file.
 
     Args:
         model: in float32, on the CPU.
@@ -84,12 +86,25 @@ def write_graphs(
         with torch.no_grad():
             placed = _Placed(model, weights, dtypes)
         known = buffers(model.config, dtypes, architecture)
+        used = []
         for name in names:
             graph = _Graph(model.config, dtypes, known, placed, name)
             ir.save(graph.build(), folder / f"{name}.onnx")
+            used.append(graph.weights())
     finally:
         weights.close()
-    return {name: describe_graph(folder / f"{name}.onnx") for name in names}
+    several = {name for one in used for name in one if sum(name in other for other in used) > 1}
+    described = [_describe_weight(placed.tensors[name]) for name in sorted(several)]
+    return {name: describe_graph(folder / f"{name}.onnx") for name in names}, described
+
+
+def _describe_weight(tensor: Any) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype.numpy().name,
+        "shape": list(tensor.shape),
+        "offset": tensor.offset,
+    }
 
 
 class _Placed:
@@ -109,8 +124,8 @@ class _Placed:
             wide = self._add(f"{prefix}.wide", layer.wide)
             kv_end = keys + groups(config) * (keys + values)
             self._rows(f"{prefix}.q", wide, 0, keys)
-            shape = [groups(config), keys + values, config.hidden_size]
-            self._rows(f"{prefix}.kv", wide, keys, kv_end, shape[1:] if config.single_kv_proj else shape)
+            if config.single_kv_proj:  # else a kernel finds them in the whole
+                self._rows(f"{prefix}.kv", wide, keys, kv_end)
             if config.use_output_gate:
                 self._rows(f"{prefix}.gate", wide, kv_end, layer.wide.shape[0])
             parts = small_parts(config, attention.rule.name)
@@ -138,8 +153,8 @@ class _Placed:
         self.tensors[name] = self._weights.place(ir.tensor(array, name=name))
         return self.tensors[name]
 
-    def _rows(self, name: str, placed: Any, begin: int, end: int, shape: list[int] | None = None) -> None:
-        self.tensors[name] = self._weights.rows(placed, begin, end, name, shape)
+    def _rows(self, name: str, placed: Any, begin: int, end: int) -> None:
+        self.tensors[name] = self._weights.rows(placed, begin, end, name)
 
 
 def _padded(part: Tensor) -> Tensor:
@@ -185,6 +200,10 @@ class _Graph:
                 name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
             )
         return self._initializers[name]
+
+    def weights(self) -> set[str]:
+        """Names of the weights that it has."""
+        return self._initializers.keys() & self._placed.tensors.keys()
 
     def constant(self, *values: int, scalar: bool = False) -> Any:
         array = np.array(values[0] if scalar else values, np.int64)
@@ -418,7 +437,8 @@ class _Graph:
         if config.single_kv_proj:
             kv = self._product(rows, f"{prefix}.kv")
         else:
-            inputs = {"x": rows, "weight": self.weight(f"{prefix}.kv"), "group_offset": tables["group_offset"]}
+            weight = Part(self.weight(f"{prefix}.wide"), self.keys * width * self.item)
+            inputs = {"x": rows, "weight": weight, "group_offset": tables["group_offset"]}
             (kv,) = self.kernels("kv_rows", inputs, {"y": self.keys + self.values})
         inputs = {"q": q, "kv": kv, "weight": self.weight(f"{prefix}.conv"), **entry, **segments, **chunk}
         outputs = {"q_out": 0, "k_out": 0, "v_out": self.values}

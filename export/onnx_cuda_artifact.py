@@ -78,7 +78,7 @@ def to_onnx_cuda(
     graphs = {**GRAPHS, **({} if precision == "float32" else {FORCED_GRAPH: f"{FORCED_GRAPH}.onnx"})}
 
     def write_files(exact: MoMForCausalLM, folder: Path) -> dict[str, Any]:
-        io = write_kernel_graphs(exact, folder, precision, capabilities, list(graphs))
+        io, weights = write_kernel_graphs(exact, folder, precision, capabilities, list(graphs))
         return {
             "kind": "onnx",
             "target": TARGET,
@@ -86,6 +86,7 @@ def to_onnx_cuda(
             "graphs": graphs,
             "compute_capabilities": capabilities,
             "io": io,
+            "common_weights": weights,
             "versions": {**package_versions("onnx", "triton"), "onnxruntime": runtime.__version__},
         }
 
@@ -100,16 +101,16 @@ def _dtypes(precision: str) -> Dtypes:
 
 def write_kernel_graphs(
     exact: MoMForCausalLM, folder: Path, precision: str, compute_capabilities: Sequence[int], graphs: Sequence[str]
-) -> dict[str, Any]:
-    """The graphs of a model in float32, their kernels and, where it can be built, their library; returns the graphs'
-    description by name."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The graphs of a model in float32, their kernels and, where it can be built, their library; returns what
+    :func:`.kernel_graphs.write_graphs` does."""
     dtypes = _dtypes(precision)
-    io = write_graphs(exact, folder, dtypes, compute_capabilities[0], graphs)
+    written = write_graphs(exact, folder, dtypes, compute_capabilities[0], graphs)
     kernels = folder / KERNELS_FOLDER
     kernels.mkdir()
     write_pack(kernels, exact.config, dtypes, compute_capabilities, (*SOURCES[:2], LIBRARY_SOURCES[0]))
     build_library(kernels)
-    return io
+    return written
 
 
 def build_library(folder: Path) -> Path | None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ._onnxruntime import CUDA_PROVIDER, exact_providers, fit_linear_attention, require_onnxruntime
 from .runner import Runner, State, Step
 from .stored_state import array_dtype, ort_value
+from .weights_file import WEIGHTS_FILE
 
 TOUCHED_GRAPH = "decode_touched"
 CUDA_GRAPH = "decode_cuda"
@@ -70,6 +71,7 @@ class OnnxRunner(Runner):
         if self._device == "cuda" and self._library is None:
             fit_linear_attention(self.config.head_dim, self.config.value_dim)
         self._sessions: dict[tuple[str, bool], Any] = {}
+        self._weights: dict[str, Any] = {}
         if self._on_gpu and "bfloat16" in self._dtypes.values():
             raise ValueError(
                 f"providers must be the CPU's for a bfloat16 state, got {self._providers}; onnxruntime puts no numpy "
@@ -119,7 +121,22 @@ class OnnxRunner(Runner):
             if reason := self.why_not():
                 raise ImportError(reason)
             options.register_custom_ops_library(str(self._library))
+            for weight, value in self._common_weights().items():
+                options.add_initializer(weight, value)
         return self._runtime.InferenceSession(self._graph_file(name), options, providers=providers)
+
+    def _common_weights(self) -> dict[str, Any]:
+        """The weights that several graphs have, on the device: the sessions share them. numpy has no bfloat16 that
+        onnxruntime would take there."""
+        for entry in self.manifest["common_weights"] if not self._weights else ():
+            if entry["dtype"] != "bfloat16":
+                array = np.memmap(
+                    self.folder / WEIGHTS_FILE, entry["dtype"], "r", entry["offset"], tuple(entry["shape"])
+                )
+                # As memory of the caller's: a session does not take over what an OrtValue owns.
+                value = self._runtime.OrtValue.from_dlpack(self._ort_value(np.asarray(array)))
+                self._weights[entry["name"]] = value
+        return self._weights
 
     def _graph_file(self, name: str) -> str:
         """The file of a graph."""

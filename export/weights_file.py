@@ -28,10 +28,10 @@ class WeightsFile:
             self._file.write(data)
         return self._external(tensor, self._offsets[key], len(data), tensor.shape)
 
-    def rows(self, placed: Any, begin: int, end: int, name: str, shape: list[int] | None = None) -> Any:
-        """Rows of a placed matrix as a tensor of their own, in the same bytes; ``shape`` where it is not a matrix."""
+    def rows(self, placed: Any, begin: int, end: int, name: str) -> Any:
+        """Rows of a placed matrix as a tensor of their own, in the same bytes."""
         row = placed.nbytes // placed.shape[0]
-        shape = [end - begin, *placed.shape[1:]] if shape is None else shape
+        shape = [end - begin, *placed.shape[1:]]
         return self._external(placed, placed.offset + begin * row, (end - begin) * row, shape, name)
 
     def _external(self, tensor: Any, offset: int, length: int, shape: Any, name: str | None = None) -> Any:

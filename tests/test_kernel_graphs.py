@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import VARIANTS, tiny_model
@@ -68,7 +70,7 @@ def test_graphs_equal_the_model(
     model = _model(rule, variant, changes)
     config = model.config
     runs = [("decode", sizes[0], 1), ("prefill", 2, sizes[1]), *([("prefill_forced", 1, 3)] if sizes == LONG else [])]
-    io = write_graphs(model, tmp_path, FLOAT32, ARCHITECTURE, [name for name, *_ in runs])
+    io, _ = write_graphs(model, tmp_path, FLOAT32, ARCHITECTURE, [name for name, *_ in runs])
     assert {name for name in io["decode"]["operators"] if "mom::" not in name} <= {"Gather", "Reshape"}
 
     for name, batch, length in runs:
@@ -107,7 +109,13 @@ def test_a_conversation_goes_from_prefill_to_decode(tmp_path: Path) -> None:
 
 def test_both_graphs_share_their_weights(tmp_path: Path) -> None:
     model = _model("gated_delta", "default", {})
-    write_graphs(model, tmp_path, FLOAT32, ARCHITECTURE, ("decode", "prefill", "prefill_forced"))
+    _, common = write_graphs(model, tmp_path, FLOAT32, ARCHITECTURE, ("decode", "prefill", "prefill_forced"))
+    whole = sum(4 * math.prod(weight["shape"]) for weight in common)
+    assert whole >= 0.75 * sum(p.numel() * 4 for p in model.parameters())
+    file = np.fromfile(tmp_path / "weights.bin", np.uint8)
+    (weight,) = (weight for weight in common if weight["name"] == "lm_head")
+    first = file[weight["offset"] :][: 4 * math.prod(weight["shape"])].view(np.float32).reshape(weight["shape"])
+    np.testing.assert_array_equal(first, model.lm_head.weight.detach().numpy())
     size = (tmp_path / "weights.bin").stat().st_size
     assert size <= 1.15 * sum(p.numel() * 4 for p in model.parameters())  # tiny: every part is padded to 64 bytes
 
