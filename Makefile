@@ -64,6 +64,7 @@ test-matrix: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "slow and not kernels"
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "slow and not gpu" $(INTERPRETED)
 
 # The operators' and the model's own tests with every tensor on the GPU, and those that only a GPU can run.
 test-gpu: $(STAMP)

@@ -83,7 +83,7 @@ def trace_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if file.exists():
                 return SimpleNamespace(model=ir.from_proto(onnx.load(file)))
-            result = genuine_export(model.genuine(), *args, **options)
+            result: Any = genuine_export(model.genuine(), *args, **options)
             onnx.save(ir.to_proto(result.model), file)
         return result
 

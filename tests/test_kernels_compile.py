@@ -39,7 +39,7 @@ def _program(variant: KernelVariant) -> Hashable:
 
 def _configuration(variant: KernelVariant) -> Hashable:
     """As ``_program``, whatever the dtypes of the pointers."""
-    kinds = {name: kind.startswith("*") or kind for name, kind in variant.signature.items()}
+    kinds = {name: "*" if kind.startswith("*") else kind for name, kind in variant.signature.items()}
     return _program(replace(variant, signature=kinds))
 
 
