@@ -68,7 +68,11 @@ def trace_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
     genuine_trace, genuine_export = program.trace, torch.onnx.export
 
+    exporters = program, genai_artifact, genai_engine
+
     def trace(module: Any, inputs: Any, shapes: Any) -> Any:
+        if type(module).__module__ not in [exporter.__name__ for exporter in exporters]:
+            return genuine_trace(module, inputs, shapes)  # of a target that keeps the program
         key = _description((module, inputs, shapes))
         make = functools.partial(genuine_trace, module, inputs, shapes)
         # What has no name but its address may be another next time.
@@ -88,7 +92,7 @@ def trace_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
         return result
 
     folder.mkdir(exist_ok=True)
-    for module in (program, genai_artifact, genai_engine):
+    for module in exporters:
         patch.setattr(module, "trace", trace)
     patch.setattr(torch.onnx, "export", export)
 
