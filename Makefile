@@ -64,7 +64,8 @@ test-matrix: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/export_matrix.py --jobs 2
 
 test-slow: $(STAMP)
-	$(PYTEST) $(PARALLEL) -m slow
+	$(PYTEST) $(PARALLEL) -m "slow and not kernels"
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "slow and not gpu" $(INTERPRETED)
 
 # The operators' and the model's own tests with every tensor on the GPU, and those that only a GPU can run.
 test-gpu: $(STAMP)
@@ -72,9 +73,9 @@ test-gpu: $(STAMP)
 		tests/test_decode.py tests/test_state_ops.py
 	$(PYTEST) -m gpu
 
-# Every kernel configuration: for sm_90, and for every architecture.
+# Every kernel configuration: for sm_90 (of float32 what differs, see the test), and all for every architecture.
 kernels-sm90: $(STAMP)
-	$(PYTEST) -n auto --dist worksteal -m kernels -k sm90
+	$(PYTEST) -n auto --dist worksteal -m "kernels and not slow" -k sm90
 
 # The same for another Triton, laid over the environment: make lint-ptx TRITON=3.6.0
 TRITON ?= 3.6.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import graphs
 import pytest
 import torch
 
@@ -67,18 +69,33 @@ def look_functions_up_once() -> None:
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(genuine))  # type: ignore[method-assign,assignment]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def trace_graphs_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Many tests export the same small models: the folder of a run's graphs serves them all."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir", "onnxscript")):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        graphs.trace_once(patch, _base(tmp_path_factory) / "graphs")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def _base(factory: pytest.TempPathFactory) -> Path:
+    """The folder of this run, which its processes share."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def _written_once(factory: pytest.TempPathFactory, name: str, write: Callable[[Path], object]) -> Path:
     """A folder that the first process of this run to need it writes, and the others wait for."""
     import fcntl
 
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
+    base = _base(factory)
     folder = base / name / "artifact"
     with (base / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

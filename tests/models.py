@@ -38,5 +38,14 @@ def tiny_model(rule: str | list[str] = "gated_delta", **changes: Any) -> MoMForC
     return MoMForCausalLM(tiny_config(rule, **changes)).eval()
 
 
+def two_layers(rule: str) -> MoMForCausalLM:
+    """A byte-level model of gated_delta, then of another rule with a router for which all memories are equal."""
+    sizes = {"num_hidden_layers": 2, "num_v_heads": 4, "vocab_size": 257, "eos_token_id": 256}
+    model = tiny_model(["gated_delta", rule], **sizes)
+    with torch.no_grad():
+        model.model.layers[1].attn.router.weight.zero_()  # type: ignore[operator,union-attr]
+    return model
+
+
 def tokens(batch: int, length: int, vocab_size: int = 50) -> Tensor:
     return torch.randint(0, vocab_size, (batch, length))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +20,17 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Largest ||a - b|| / ||b|| of a result against the float64 reference, by dtype of the inputs.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
+
+
+def cover(*axes: Iterable[Any], keep: Callable[..., bool]) -> list[Any]:
+    """Every combination as parameters; of those that are interpreted, which is slow, make test has what ``keep`` says.
+
+    That is to be every value of each axis, with each value of the others where they meet in the code.
+    """
+    return [
+        pytest.param(*values, marks=[] if keep(*values) or not INTERPRET else [pytest.mark.slow])
+        for values in itertools.product(*axes)
+    ]
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import reuse_graphs
-from models import VARIANTS, tiny_model, tokens
+from models import VARIANTS, tiny_model, tokens, two_layers
 from support import launches, relative
 
 from mom_compile import MoMForCausalLM, export
@@ -21,11 +21,18 @@ from mom_compile.report import Report
 DATA = Path(__file__).parent / "data"
 
 
+# Of two layers each, which takes longer than several of one: what is of one target or rule is below, or slow.
+RULES = {"onnxruntime": "retention", "portable": "delta", "opset27": "linear"}
+
+
 @pytest.fixture(scope="module", params=TARGETS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
-    """A model of two rules, and its artifact. The tests below export the other rules, each target every one but the
-    portable linear, which test_lowerings.py has."""
-    model = tiny_model(["gated_delta", "retention"], num_hidden_layers=2, num_v_heads=4)
+    """A model of two rules, and its artifact. In the second layer every memory ties at every token.
+
+    The slow tests below export the other rules; a token of each has test_token_nodes.py, the portable ones
+    test_lowerings.py.
+    """
+    model = two_layers(RULES[request.param])
     folder = tmp_path_factory.mktemp("artifact") / str(request.param)
     export.to_onnx(model, folder, target=request.param)
     return model, folder
@@ -150,22 +157,18 @@ def test_a_state_passed_in_is_unchanged_and_forks(exported: tuple[MoMForCausalLM
             assert np.array_equal(state[layer][name], value)
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "portable"])
-def test_ties_go_to_the_lowest_memory(target: str, tmp_path: Path) -> None:
-    """A router of zeros: every memory ties at every token."""
-    model = tiny_model("linear" if target == "onnxruntime" else "delta", num_hidden_layers=1, num_memories=6, topk=3)
-    with torch.no_grad():
-        model.model.layers[0].attn.router.weight.zero_()  # type: ignore[operator,union-attr]
-    export.to_onnx(model, tmp_path / "x", target=target)
-    runner = export.load(tmp_path / "x")
+def test_ties_go_to_the_lowest_memory(exported: tuple[MoMForCausalLM, Path]) -> None:
+    """With equal router logits, memories 0 and 1 of 4 (and the shared one) are chosen."""
+    model, folder = exported
+    runner = export.load(folder)
     ids = tokens(2, 70)
     with torch.no_grad():
         out = model(ids)
     logits, state = runner(ids.numpy())
     assert relative(torch.from_numpy(logits), out.logits) < 1e-5
-    assert not state[0]["recurrent_state"][:, 3:6].any() and state[0]["recurrent_state"][:, :3].any()
+    assert not state[1]["recurrent_state"][:, 2:4].any() and state[1]["recurrent_state"][:, :2].any()
     step_logits, state = runner(ids[:, :1].numpy(), state)
-    assert not state[0]["recurrent_state"][:, 3:6].any() and np.isfinite(step_logits).all()
+    assert not state[1]["recurrent_state"][:, 2:4].any() and np.isfinite(step_logits).all()
 
 
 @pytest.mark.slow
@@ -176,9 +179,18 @@ def test_variants(name: str, target: str, tmp_path: Path) -> None:
     assert export.to_onnx(model, tmp_path / "x", target=target).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "target", [TARGETS[0], *(pytest.param(target, marks=pytest.mark.slow) for target in TARGETS[1:])]
+    ("rule", "target"), [("linear", "onnxruntime"), ("retention", "portable"), ("retention", "opset27")]
 )
+def test_rules(rule: str, target: str, tmp_path: Path) -> None:
+    model = tiny_model(rule, num_hidden_layers=1, num_memories=6, topk=3)
+    assert export.to_onnx(model, tmp_path / "x", target=target).passed
+
+
+# The model itself, test_pretrained.py and, through an engine's graphs, make test-tensorrt have without this.
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_checkpoint_of_flash_linear_attention(target: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

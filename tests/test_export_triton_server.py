@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model
+from models import tiny_model, two_layers
 
 from mom_compile import MoMForCausalLM, export
 from mom_compile.cli import main
@@ -54,7 +54,7 @@ def parse(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoMForCausalLM, Path]:
-    model = tiny_model(["gated_delta", "linear"], num_hidden_layers=2, vocab_size=257, eos_token_id=256)
+    model = two_layers("delta")
     root = tmp_path_factory.mktemp("triton")
     model.save_pretrained(root / "checkpoint")
     assert main(["export", str(root / "checkpoint"), str(root / "artifact"), "--to", "triton-server"]) == 0
@@ -99,8 +99,8 @@ def test_the_folder(exported: tuple[MoMForCausalLM, Path]) -> None:
     models = [path.relative_to(folder / "models").as_posix() for path in (folder / "models").rglob("*")]
     assert sorted(models) == ["mom", "mom/1", "mom/1/model.onnx", "mom/1/weights.bin", "mom/config.pbtxt"]
     readme = (folder / "README.md").read_text()
-    # M' = 5 memories in 2 layers: 5 * 48 * 3 inputs of the convolution and 10 * 8 * 8 of the state.
-    assert "tritonserver --model-repository=models" in readme and f"{2 * 4 * (720 + 640) / 1024:.0f} KiB" in readme
+    # M' = 5 memories in 2 layers: 5 * 64 * 3 inputs of the convolution and 20 * 8 * 8 of the state.
+    assert "tritonserver --model-repository=models" in readme and f"{2 * 4 * (960 + 1280) / 1024:.0f} KiB" in readme
     runner = export.load(folder)
     prompt = torch.randint(0, 256, (1, 70))
     steps = [int(x[0]) for x in runner.generate(prompt, 20, eos_token_id=-1)]
@@ -108,7 +108,7 @@ def test_the_folder(exported: tuple[MoMForCausalLM, Path]) -> None:
 
 
 def test_states_of_float16(tmp_path: Path) -> None:
-    model = tiny_model(num_hidden_layers=1, vocab_size=50)
+    model = tiny_model(num_hidden_layers=1, vocab_size=257, eos_token_id=256)
     assert export.to_triton_server(model, tmp_path / "x", state_dtype="float16").passed
     config = parse((tmp_path / "x" / "models" / "mom" / "config.pbtxt").read_text())
     found = {

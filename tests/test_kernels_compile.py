@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,21 +22,69 @@ if INTERPRET:
 
 VARIANTS = collect()
 # Triton makes the same program for these as for sm_86, which has no more shared memory than any of them.
-LIKE_86 = (87, 89)
+LIKE_86 = (80, 87, 89)
+# What is special to these is the products: one quick variant of each kernel, of 16 bits where there is one.
+ONCE = (100, 120)
+
+
+def _types(variant: KernelVariant) -> frozenset[tuple[str, str]]:
+    return frozenset(variant.signature.items())
+
+
+def _program(variant: KernelVariant) -> Hashable:
+    """What the compiled kernel depends on: variants of other labels may be the same program."""
+    constants = frozenset((name, repr(value)) for name, value in variant.constants.items())
+    return variant.kernel, _types(variant), constants, variant.num_warps, variant.num_stages, variant.registers
+
+
+def _configuration(variant: KernelVariant) -> Hashable:
+    """As ``_program``, whatever the dtypes of the pointers."""
+    kinds = {name: "*" if kind.startswith("*") else kind for name, kind in variant.signature.items()}
+    return _program(replace(variant, signature=kinds))
+
+
+def _tiles(variant: KernelVariant) -> Hashable:
+    """As ``_program``, whatever the sizes of the heads: the blocks, stages and branches that a launch chooses."""
+    constants = {name: value for name, value in variant.constants.items() if name not in ("H", "HV", "K", "V")}
+    return _program(replace(variant, constants=constants))
+
+
+def _asynchronous(variant: KernelVariant) -> bool:
+    """Whether its products, if it has any, may be ``wgmma``."""
+    return "*bf16" in variant.signature.values() or variant.constants.get("PRECISION") == "tf32"
+
+
+def _first(variants: Iterable[KernelVariant], key: Callable[[KernelVariant], Hashable]) -> dict[int, KernelVariant]:
+    """The first variant of each key, by its identity."""
+    found: dict[Hashable, KernelVariant] = {}
+    for variant in variants:
+        found.setdefault(key(variant), variant)
+    return {id(variant): variant for variant in found.values()}
 
 
 def _cases() -> list[object]:
-    return [
-        pytest.param(
-            variant,
-            architecture,
-            id=f"sm{architecture}-{name_of(variant)}",
-            marks=[] if variant.quick and architecture not in LIKE_86 else [pytest.mark.kernels],
-        )
-        for architecture in SHARED_MEMORY_KB
-        for variant in VARIANTS
-        if architecture in variant.architectures
-    ]
+    """Each program once for an architecture; without ``make kernels``, the quick variants.
+
+    ``make kernels-sm90`` leaves to ``make kernels`` (slow) what float32 repeats: it has no asynchronous products, so
+    that one head size of the same blocks, stages and branches is enough, and where bfloat16 has the configuration as
+    well, one of each kernel and signature.
+    """
+    cases: list[object] = []
+    for architecture in SHARED_MEMORY_KB:
+        served = [variant for variant in VARIANTS if architecture in variant.architectures]
+        # Of those that are one, a quick one, and of the last dtype.
+        programs = _first(sorted(reversed(served), key=lambda variant: not variant.quick), _program)
+        once = _first(programs.values(), lambda variant: variant.kernel)
+        whole = [variant for variant in programs.values() if _asynchronous(variant)]
+        others = _first([*whole, *programs.values()], _configuration)
+        new = {id(variant): variant for variant in whole} | _first(others.values(), _tiles)
+        new |= _first(programs.values(), lambda variant: (variant.kernel, _types(variant)))
+        for key, variant in programs.items():
+            marks = [] if key in new else [pytest.mark.kernels, pytest.mark.slow]
+            if not variant.quick or architecture in LIKE_86 or (architecture in ONCE and key not in once):
+                marks.append(pytest.mark.kernels)
+            cases.append(pytest.param(variant, architecture, id=f"sm{architecture}-{name_of(variant)}", marks=marks))
+    return cases
 
 
 def test_every_kernel_has_a_quick_variant() -> None:

@@ -159,6 +159,6 @@ def test_copies_and_the_products_under_way(buffers: int, pendings: int, bad: boo
 
 def test_messages_are_read_when_the_kernel_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 x 256 sums of 4 warps exceed the registers of a thread."""
-    first = _compile("product_of_product", N=256)
+    first = _compile("product_of_product", num_warps=8, N=256)
     assert any("serialised" in text for text in first.hazards)
-    assert _compile("product_of_product", N=256).hazards == first.hazards
+    assert _compile("product_of_product", num_warps=8, N=256).hazards == first.hazards

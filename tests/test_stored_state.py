@@ -29,7 +29,7 @@ def model() -> MoMForCausalLM:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(case, id="-".join(case), marks=[] if index in (0, 3) else [pytest.mark.slow])
+        pytest.param(case, id="-".join(case), marks=[] if index in (1, 2) else [pytest.mark.slow])
         for index, case in enumerate(CASES)
     ],
 )

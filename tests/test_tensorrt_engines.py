@@ -71,8 +71,10 @@ def test_engines(exported: Path) -> None:
 
 
 def test_each_gpu_by_itself(exported: Path, tmp_path: Path) -> None:
-    shapes = read_manifest(exported)["engines"]["decode"]["shapes"]
-    for gpu in GPUS:
+    """One of them in float16, the others in float32."""
+    manifest = read_manifest(exported)
+    shapes = manifest["engines"]["decode"]["shapes"]
+    for gpu in GPUS[1:2] if manifest["precision"] == "float16" else GPUS[::2]:
         built = build_engine(exported / "decode.onnx", tmp_path / f"sm{gpu}.engine", shapes, [gpu])
         assert built["bytes"] == (tmp_path / f"sm{gpu}.engine").stat().st_size > 100_000
 
