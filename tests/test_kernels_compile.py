@@ -43,12 +43,6 @@ def _configuration(variant: KernelVariant) -> Hashable:
     return _program(replace(variant, signature=kinds))
 
 
-def _tiles(variant: KernelVariant) -> Hashable:
-    """As ``_program``, whatever the sizes of the heads: the blocks, stages and branches that a launch chooses."""
-    constants = {name: value for name, value in variant.constants.items() if name not in ("H", "HV", "K", "V")}
-    return _program(replace(variant, constants=constants))
-
-
 def _asynchronous(variant: KernelVariant) -> bool:
     """Whether its products, if it has any, may be ``wgmma``."""
     return "*bf16" in variant.signature.values() or variant.constants.get("PRECISION") == "tf32"
@@ -65,9 +59,8 @@ def _first(variants: Iterable[KernelVariant], key: Callable[[KernelVariant], Has
 def _cases() -> list[object]:
     """Each program once for an architecture; without ``make kernels``, the quick variants.
 
-    ``make kernels-sm90`` leaves to ``make kernels`` (slow) what float32 repeats: it has no asynchronous products, so
-    that one head size of the same blocks, stages and branches is enough, and where bfloat16 has the configuration as
-    well, one of each kernel and signature.
+    ``make kernels-sm90`` leaves to ``make kernels`` (slow) what float32 repeats, which has no asynchronous products:
+    where bfloat16 has the configuration as well, one of each kernel and signature is enough.
     """
     cases: list[object] = []
     for architecture in SHARED_MEMORY_KB:
@@ -77,7 +70,7 @@ def _cases() -> list[object]:
         once = _first(programs.values(), lambda variant: variant.kernel)
         whole = [variant for variant in programs.values() if _asynchronous(variant)]
         others = _first([*whole, *programs.values()], _configuration)
-        new = {id(variant): variant for variant in whole} | _first(others.values(), _tiles)
+        new = {id(variant): variant for variant in whole} | others
         new |= _first(programs.values(), lambda variant: (variant.kernel, _types(variant)))
         for key, variant in programs.items():
             marks = [] if key in new else [pytest.mark.kernels, pytest.mark.slow]
