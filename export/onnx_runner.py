@@ -35,9 +35,9 @@ class OnnxRunner(Runner):
     Args:
         folder: the artifact.
         manifest: of the folder.
-        providers: onnxruntime execution providers; None: the CPU's, or CUDA's for a folder of ``to_onnx_cuda``, which
-            has no other. CUDA's computes float32 products in float32 unless its options have ``use_tf32``: the router
-            chooses by them.
+        providers: onnxruntime execution providers; None: the CPU's, or for a folder of ``to_onnx_cuda``, which has no
+            other, CUDA's with ``enable_cuda_graph``, by which each :meth:`decode_loop` is a CUDA graph. CUDA's computes
+            float32 products in float32 unless its options have ``use_tf32``: the router chooses by them.
         prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
             holds a copy of its own. False: all sessions map the one file.
         threads: of a session on the CPU; None: onnxruntime's own choice.
@@ -59,7 +59,7 @@ class OnnxRunner(Runner):
         self._threads = threads
         self._runtime = require_onnxruntime()
         self._library = folder / KERNELS_FOLDER / KERNELS_LIBRARY if (folder / KERNELS_FOLDER).is_dir() else None
-        default = "CPUExecutionProvider" if self._library is None else CUDA_PROVIDER
+        default = "CPUExecutionProvider" if self._library is None else (CUDA_PROVIDER, {"enable_cuda_graph": "1"})
         self._providers = exact_providers(providers or [default])
         self._captures = self._providers != _uncaptured(self._providers)
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
@@ -70,7 +70,7 @@ class OnnxRunner(Runner):
             )
         if self._device == "cuda" and self._library is None:
             fit_linear_attention(self.config.head_dim, self.config.value_dim)
-        self._sessions: dict[tuple[str, bool], Any] = {}
+        self._sessions: dict[str, Any] = {}
         self._weights: dict[str, Any] = {}
         if self._on_gpu and "bfloat16" in self._dtypes.values():
             raise ValueError(
@@ -78,30 +78,32 @@ class OnnxRunner(Runner):
                 "array of it on a device: export with state_dtype float16"
             )
 
-    def _session(self, name: str, captured: bool = False) -> Any:
-        """The session of a graph; ``captured``: one that a provider may capture as a CUDA graph, on fixed buffers."""
-        key = name, captured and self._captures
-        if key not in self._sessions:
-            options = self._runtime.SessionOptions()
-            options.log_severity_level = 3
-            if self._threads is not None:
-                options.intra_op_num_threads = self._threads
-            if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu and not self._prepack:
-                # Products of 8 and 4 bits need it.
-                options.add_session_config_entry("session.disable_prepacking", "1")
-            try:
-                providers = self._providers if captured else _uncaptured(self._providers)
-                self._sessions[key] = self._create_session(name, options, providers)
-            except (ImportError, ValueError):  # ours; those of onnxruntime are neither
-                raise
-            except Exception as error:
-                raise ValueError(
-                    f"{self.manifest['graphs'][name]} must open in onnxruntime {self._runtime.__version__}, got "
-                    f"{str(error).splitlines()[0][:300]}; it was made with {self.manifest['versions']['onnxruntime']}: "
-                    "upgrade onnxruntime, or export with --to portable"
-                ) from error
-            self._check_session(self._sessions[key], name)
-        return self._sessions[key]
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            self._sessions[name] = self._open(name, _uncaptured(self._providers))
+        return self._sessions[name]
+
+    def _open(self, name: str, providers: Sequence[Any]) -> Any:
+        """A new session of a graph, checked."""
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        if self.manifest.get("precision", "float32") == "float32" and not self._on_gpu and not self._prepack:
+            # Products of 8 and 4 bits need it.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            session = self._create_session(name, options, providers)
+        except (ImportError, ValueError):  # ours; those of onnxruntime are neither
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{self.manifest['graphs'][name]} must open in onnxruntime {self._runtime.__version__}, got "
+                f"{str(error).splitlines()[0][:300]}; it was made with {self.manifest['versions']['onnxruntime']}: "
+                "upgrade onnxruntime, or export with --to portable"
+            ) from error
+        self._check_session(session, name)
+        return session
 
     def why_not(self) -> str | None:
         """As :meth:`Runner.why_not`."""
@@ -236,15 +238,16 @@ class OnnxRunner(Runner):
         aliased: bool = False,
         touched: bool | None = None,
         transposed: bool | None = None,
+        captured: bool = True,
     ) -> Step:
         """As :meth:`Runner.decode_loop`.
 
         Two sets of buffers are bound to the session and swapped at every step: nothing is allocated or copied.
-        ``aliased``: one set, in which every present state overwrites its past; with the CUDA provider's option
-        ``enable_cuda_graph`` always, since a graph holds addresses. ``touched``: one set, of which only the memories
-        that a token selected are written; None: where the artifact has that graph and the CPU runs it. ``transposed``:
-        by the graph whose states are transposed, which is the fast one on CUDA; None: there, where the artifact has it.
-        On the CUDA provider the whole states stay on the device.
+        ``aliased``: one set, in which every present state overwrites its past. ``captured``: with the CUDA provider's
+        option ``enable_cuda_graph`` as a CUDA graph, of a session of its own, aliased because it holds addresses.
+        ``touched``: one set, of which only the memories that a token selected are written; None: where the artifact has
+        that graph and the CPU runs it. ``transposed``: by the graph whose states are transposed, which is the fast one
+        on CUDA; None: there, where the artifact has it. On the CUDA provider the whole states stay on the device.
         """
         has_transposed = CUDA_GRAPH in self.manifest["graphs"]
         if transposed and not has_transposed:
@@ -252,14 +255,17 @@ class OnnxRunner(Runner):
                 f"transposed must be False for this artifact, got True; it has no {CUDA_GRAPH} graph: export with "
                 "precision float16 a model of a delta rule with value heads as wide as its key heads"
             )
-        aliased |= self._captures
+        captured &= self._captures
+        aliased |= captured
         if touched is None:
             touched = self.has_touched_decode and not (aliased or transposed or self._on_gpu)
         if touched:
             return self._touched_loop(state, batch_size)
         if transposed is None:
             transposed = has_transposed and self._device == "cuda"
-        session = self._session(CUDA_GRAPH if transposed else self._graph_name(1), captured=True)
+        graph = CUDA_GRAPH if transposed else self._graph_name(1)
+        # A CUDA graph is of one session and of one set of buffers.
+        session = self._open(graph, self._providers) if captured else self._session(graph)
         feeds = self._feeds(self._check_state(batch_size, state))
         if transposed:
             feeds = {
@@ -282,7 +288,7 @@ class OnnxRunner(Runner):
             for name, value in target.items():
                 binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
             bindings.append(binding)
-        if self._captures:  # onnxruntime runs the first token more than once
+        if captured:  # onnxruntime runs the first token more than once
             session.run_with_iobinding(bindings[0])
             for name, value in sets[0].items():
                 value.update_inplace(feeds[name])
@@ -304,9 +310,11 @@ class OnnxRunner(Runner):
     def decode_ways(self) -> dict[str, dict[str, Any]]:
         """As :meth:`Runner.decode_ways`."""
         ways: dict[str, dict[str, Any]] = {
-            "": {"touched": False},
-            "past and present in one buffer": {"aliased": True},
+            "": {"touched": False, "captured": False},
+            "past and present in one buffer": {"aliased": True, "captured": False},
         }
+        if self._captures:
+            ways["as a CUDA graph"] = {}
         if self.has_touched_decode:
             ways["touched memories written back"] = {"touched": True}
         if CUDA_GRAPH in self.manifest["graphs"]:

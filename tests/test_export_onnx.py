@@ -141,6 +141,21 @@ def test_two_conversations_through_one_session(exported: tuple[MoMForCausalLM, P
             assert np.array_equal(mixed[t - 20][row], step(ids[row : row + 1, t]))
 
 
+def test_loops_of_cuda_graphs_do_not_share_their_buffers(exported: tuple[MoMForCausalLM, Path]) -> None:
+    """The way of a CUDA graph, which is of one session and its buffers; the CPU's provider ignores the option."""
+    _, folder = exported
+    captured = export.load(folder, providers=[("CPUExecutionProvider", {"enable_cuda_graph": "1"})])
+    runner = export.load(folder)
+    assert "as a CUDA graph" in captured.decode_ways() and "as a CUDA graph" not in runner.decode_ways()
+    ids = tokens(2, 9).numpy()
+    states = [runner(row[None, :5])[1] for row in ids]
+    loops = [[one.decode_loop(state, 1) for state in states] for one in (captured, runner)]
+    for t in range(5, 9):
+        for row in range(2):
+            ours, plain = (loop[row](ids[row : row + 1, t]) for loop in loops)
+            np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
+
+
 def test_a_state_passed_in_is_unchanged_and_forks(exported: tuple[MoMForCausalLM, Path]) -> None:
     _, folder = exported
     runner = export.load(folder)

@@ -92,6 +92,30 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert manifest["precision"] == "float16" and "prefill_forced" in manifest["graphs"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_on_a_gpu(precision: str, tmp_path: Path) -> None:
+    """The export verifies; conversations of CUDA graphs that take turns give what each gives alone."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    major, minor = torch.cuda.get_device_capability()
+    model = tiny_model(head_dim=64)
+    report = to_onnx_cuda(model, tmp_path / "a", precision=precision, compute_capabilities=[10 * major + minor])
+    if not (tmp_path / "a" / KERNELS_FOLDER / "libmom_onnx.so").is_file():
+        pytest.skip("needs onnxruntime's C++ headers")
+    assert report.passed and len(report.checks) > 4
+    runner, ids = load(tmp_path / "a"), torch.randint(0, 50, (2, 30)).numpy()
+    states = [runner(row[None, :20])[1] for row in ids]
+    loops = [runner.decode_loop(state, 1) for state in states]
+    mixed = [[loops[row](ids[row : row + 1, t]).copy() for row in range(2)] for t in range(20, 30)]
+    for row, state in enumerate(states):
+        step = runner.decode_loop(state, 1)
+        for t in range(20, 30):
+            assert (step(ids[row : row + 1, t]) == mixed[t - 20][row]).all()
+
+
 # ---- the library -----------------------------------------------------------------------------------------------------
 
 RUN = """

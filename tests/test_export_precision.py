@@ -242,7 +242,7 @@ def test_messages(
     command = ["export", str(tmp_path / "checkpoint"), str(tmp_path / "x"), "--to", "pt2", "--precision", "int8"]
     assert main(command) == 2
     assert (
-        "--precision must go with --to onnxruntime or --to tensorrt, got --to pt2; leave it out"
+        "must go with --to onnxruntime or --to onnxruntime-cuda or --to tensorrt, got --to pt2; leave it out"
         in capsys.readouterr().err
     )
     reuse_graphs(monkeypatch, exported("int4"))

@@ -126,5 +126,6 @@ def test_precisions_are_refused(
     for target in ("triton-server", "aoti"):
         assert main(["export", checkpoint, str(tmp_path / "x"), "--to", target, "--precision", "int8"]) == 2
         assert (
-            f"--precision must go with --to onnxruntime or --to tensorrt, got --to {target}" in capsys.readouterr().err
+            f"--precision must go with --to onnxruntime or --to onnxruntime-cuda or --to tensorrt, got --to {target}"
+            in capsys.readouterr().err
         )

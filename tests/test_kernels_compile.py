@@ -22,9 +22,9 @@ if INTERPRET:
 
 VARIANTS = collect()
 # Triton makes the same program for these as for sm_86, which has no more shared memory than any of them.
-LIKE_86 = (80, 87, 89)
-# What is special to these is the products: one quick variant of each kernel, of 16 bits where there is one.
-ONCE = (100, 120)
+LIKE_86 = (87, 89)
+# What is special to these is products or shared memory: one quick variant of each kernel, of 16 bits if it has one.
+ONCE = (80, 100, 120)
 
 
 def _types(variant: KernelVariant) -> frozenset[tuple[str, str]]:
