@@ -172,18 +172,35 @@ def test_a_state_passed_in_is_unchanged_and_forks(exported: tuple[MoMForCausalLM
             assert np.array_equal(state[layer][name], value)
 
 
-def test_ties_go_to_the_lowest_memory(exported: tuple[MoMForCausalLM, Path]) -> None:
-    """With equal router logits, memories 0 and 1 of 4 (and the shared one) are chosen."""
-    model, folder = exported
-    runner = export.load(folder)
+def _check_ties(model: MoMForCausalLM, folder: Path, layer: int) -> None:
+    """With equal router logits, the lowest memories (and the shared one) are chosen."""
+    runner, config = export.load(folder), model.config
     ids = tokens(2, 70)
     with torch.no_grad():
         out = model(ids)
     logits, state = runner(ids.numpy())
     assert relative(torch.from_numpy(logits), out.logits) < 1e-5
-    assert not state[1]["recurrent_state"][:, 2:4].any() and state[1]["recurrent_state"][:, :2].any()
+
+    def chosen_alone(states: np.ndarray) -> bool:
+        return not states[:, config.topk : config.num_memories].any() and bool(states[:, : config.topk].any())
+
+    assert chosen_alone(state[layer]["recurrent_state"])
     step_logits, state = runner(ids[:, :1].numpy(), state)
-    assert not state[1]["recurrent_state"][:, 2:4].any() and np.isfinite(step_logits).all()
+    assert chosen_alone(state[layer]["recurrent_state"]) and np.isfinite(step_logits).all()
+
+
+def test_ties_go_to_the_lowest_memory(exported: tuple[MoMForCausalLM, Path]) -> None:
+    _check_ties(*exported, layer=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "target"), [("linear", "onnxruntime"), ("delta", "portable")])
+def test_ties_of_three_in_six_memories(rule: str, target: str, tmp_path: Path) -> None:
+    model = tiny_model(rule, num_hidden_layers=1, num_memories=6, topk=3)
+    with torch.no_grad():
+        model.model.layers[0].attn.router.weight.zero_()  # type: ignore[operator,union-attr]
+    export.to_onnx(model, tmp_path / "x", target=target)
+    _check_ties(model, tmp_path / "x", layer=0)
 
 
 @pytest.mark.slow
