@@ -21,16 +21,11 @@ from mom_compile.ops._layout import CHUNK, rows_bound
 
 
 class Evaluator:
-    """``outputs by name = evaluator(inputs by name)``, the nodes as ``cpp/mom_onnx.cpp`` runs them.
-
-    Attributes:
-        launched: the kernels so far, by function.
-    """
+    """``outputs by name = evaluator(inputs by name)``, the nodes as ``cpp/mom_onnx.cpp`` runs them."""
 
     def __init__(self, path: Path, config: MoMConfig, dtypes: Dtypes, architecture: int) -> None:
         self.config, self.architecture = config, architecture
         self.functions = {function.name: function for function in functions(config, dtypes)}
-        self.launched: list[tuple[str, str]] = []
 
         class Kernels(OpRun):
             op_domain = KERNELS_DOMAIN
@@ -64,7 +59,6 @@ class Evaluator:
         for begin in range(0, first, function.limit):  # larger sizes go in pieces
             size = min(function.limit, first - begin)
             for call in record(function, self.architecture, (size, *others)):  # type: ignore[arg-type]
-                self.launched.append((function.name, call.kernel.fn.__name__.removesuffix("_kernel")))
                 arguments = []
                 for name, value in zip(call.kernel.arg_names, call.args, strict=False):
                     if not isinstance(value, Tensor):
