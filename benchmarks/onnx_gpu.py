@@ -44,7 +44,8 @@ from mom_compile.decode import DecodeSession
 from mom_compile.export._onnxruntime import exact_providers, fit_linear_attention, require_onnxruntime
 from mom_compile.export.onnx_artifact import _graph, save_graphs
 from mom_compile.export.onnx_cuda_artifact import write_kernel_graphs
-from mom_compile.export.onnx_runner import KERNELS_FOLDER, KERNELS_LIBRARY
+from mom_compile.export.onnx_runner import KERNELS_FOLDER
+from mom_compile.export.operator_library import CUDA_OPERATORS
 from mom_compile.export.precision import lower_precision
 
 COLUMNS = {"what": 22, "form": 30, "batch": 5, "ms": 9, "times_ours": 10, "times_ours_per_layer": 20, "note": 0}
@@ -241,7 +242,7 @@ def _run(
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = profile
-    library = folder / KERNELS_FOLDER / KERNELS_LIBRARY
+    library = folder / KERNELS_FOLDER / CUDA_OPERATORS.file
     if library.is_file():
         options.register_custom_ops_library(str(library))
     options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")

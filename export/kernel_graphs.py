@@ -24,7 +24,7 @@ from .kernel_functions import functions
 from .kernel_table import entries
 from .onnx_runner import FORCED_GRAPH
 from .stored_state import array_dtype
-from .structure import KERNELS_DOMAIN, describe_graph
+from .structure import OWN_DOMAIN, describe_graph
 from .weights_file import WEIGHTS_FILE, WeightsFile
 
 OPSET = 20
@@ -276,7 +276,7 @@ class _Graph:
         types = [getattr(self.ir.DataType, _TYPES[known[name]]) for name in names]
         operator = "KernelsInPlace" if in_place else "Kernels"
         ids = self._inputs["input_ids"]
-        found = self._add(KERNELS_DOMAIN, operator, [ids, *(part.value for part in parts)], types, attributes)
+        found = self._add(OWN_DOMAIN, operator, [ids, *(part.value for part in parts)], types, attributes)
         return found[: len(outputs)]
 
     # ---- the model ---------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class _Graph:
             ordered,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, KERNELS_DOMAIN: 1},
+            opset_imports={"": OPSET, OWN_DOMAIN: 1},
             name=f"mom_{self.name}",
         )
         return ir.Model(graph, ir_version=10)

@@ -22,9 +22,11 @@ from ..model import MoMForCausalLM
 from ..mom_attention import Form
 from ._onnxruntime import CPU_GATED_DELTA_NET, require_onnxruntime, runtime_version
 from .calibration import round_weights
+from .decode_cpu_graph import decode_cpu_graph
 from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
-from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, TOUCHED_GRAPH, transposed_name
+from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, FUSED_GRAPH, TOUCHED_GRAPH, transposed_name
+from .operator_library import add_cpu_operators
 from .precision import TOLERANCES, check_precision, lower_precision
 from .products import gather_parts, join_products
 from .program import export_forced, export_program, state_names, touched_names
@@ -65,6 +67,10 @@ def to_onnx(
     there is also ``decode_touched.onnx``: of the state it gives only the memories that the token selected,
     ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
+
+    In float32 with float32 states there is also ``decode_cpu.onnx`` for onnxruntime, a token by operators of
+    ours: ``mom_cpu.cpp`` and, where g++ and ONNX Runtime's headers are found (``ONNXRUNTIME_INCLUDE``),
+    its library ``libmom_cpu_<machine>.so``; elsewhere the first lines of the source say how to build it.
 
     In float16 there is also ``decode_cuda.onnx`` for onnxruntime's CUDA provider, where a model has delta rules and K =
     V: its recurrent states are transposed, ``past_key_values.{i}.transposed_state`` ``[B, M'*HV, V, K]``.
@@ -112,12 +118,15 @@ def to_onnx(
         for name, source in RUN_FILES.items():
             text = resources.files(__package__ or "").joinpath(source).read_text(encoding="utf-8")
             (folder / name).write_text(text, encoding="utf-8")
+        files = graph_files(exact.config, target, precision, state_dtype)
+        if FUSED_GRAPH in files:
+            add_cpu_operators(folder)
         return {
             "kind": "onnx",
             "target": target,
             "precision": precision,
             "state_dtype": state_dtype,
-            "graphs": graph_files(exact.config, target, precision),
+            "graphs": files,
             "io": graphs,
             "versions": {**package_versions("onnx", "onnxscript"), "onnxruntime": runtime.__version__},
         }
@@ -137,25 +146,31 @@ def check_onnx_packages() -> ModuleType:
 
 def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: str, state_dtype: str) -> dict[str, Any]:
     """The graphs and their weights; returns their description for the manifest."""
-    files = graph_files(model.config, target, precision)
+    files = graph_files(model.config, target, precision, state_dtype)
     rounded = round_weights(model) if precision == "int4" else None
 
     # Below that the weights of k and v are known by their contents, and rounded on their own.
     join = precision in ("float32", "float16")
 
     def make(name: str) -> Any:
+        if name == FUSED_GRAPH:
+            return decode_cpu_graph(model)
         return lower_precision(_graph(model, target, name, state_dtype, join), precision, rounded)
 
     return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
 
 
-def graph_files(config: MoMConfig, target: str, precision: str = "float32") -> dict[str, str]:
+def graph_files(
+    config: MoMConfig, target: str, precision: str = "float32", state_dtype: str = "float32"
+) -> dict[str, str]:
     """Graph name -> file.
 
-    The touched decode is for onnxruntime, where a token leaves some memories alone; that for CUDA for the precision
-    that one has there; the prefill whose routing is given is for the verification of what is below float32.
+    The touched decode is for onnxruntime, where a token leaves some memories alone; that of operators of ours for what
+    they take; that for CUDA for the precision that one has there; the prefill whose routing is given is for the
+    verification of what is below float32.
     """
     names = [TOUCHED_GRAPH] if target == "onnxruntime" and config.topk < config.num_memories else []
+    names += [FUSED_GRAPH] if target == "onnxruntime" and precision == state_dtype == "float32" else []
     names += [CUDA_GRAPH] if target == "onnxruntime" and precision == "float16" and _fits_cuda_graph(config) else []
     names += [FORCED_GRAPH] if precision != "float32" else []
     return {**GRAPHS, **{name: f"{name}.onnx" for name in names}}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,8 @@ from .kernel_function import Dtypes
 from .kernel_graphs import check_alignment, write_graphs
 from .kernel_pack import SOURCES, check_compute_capabilities, write_pack
 from .onnx_artifact import GRAPHS, check_onnx_packages
-from .onnx_runner import FORCED_GRAPH, KERNELS_FOLDER, KERNELS_LIBRARY, LIBRARY_SOURCES, library_command
+from .onnx_runner import FORCED_GRAPH, KERNELS_FOLDER
+from .operator_library import CUDA_OPERATORS
 from .precision import TOLERANCES
 from .writing import package_versions, write_artifact
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 PRECISIONS = ("float16", "bfloat16", "float32")
 TARGET = "onnxruntime-cuda"
 DEFAULT_COMPUTE_CAPABILITIES = (80, 86, 89, 90, 120)
-INCLUDES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/include", "/usr/local/include")
-"""Where ONNX Runtime's headers may lie; ONNXRUNTIME_INCLUDE comes first."""
 
 
 def to_onnx_cuda(
@@ -44,9 +41,9 @@ def to_onnx_cuda(
 
     The folder holds ``prefill.onnx`` (any batch and length), ``decode.onnx`` (one token), their common ``weights.bin``
     and ``kernels/``: the kernels as cubin and PTX, and the sources of a library that makes them operators of the
-    runtime (domain ``mom``). The library, ``kernels/libmom_onnx.so``, is built here where g++ and ONNX Runtime's
-    headers are found (``ONNXRUNTIME_INCLUDE``); elsewhere the first lines of ``mom_onnx.cpp`` say how. Inputs, outputs
-    and states are those of :func:`mom_compile.export.to_onnx`, all of them float32 but the token ids.
+    runtime (domain ``mom``). The library, ``kernels/libmom_onnx_<machine>.so``, is built here where g++ and ONNX
+    Runtime's headers are found (``ONNXRUNTIME_INCLUDE``); elsewhere the first lines of ``mom_onnx.cpp`` say how.
+    Inputs, outputs and states are those of :func:`mom_compile.export.to_onnx`, all of them float32 but the token ids.
 
     Args:
         model: not changed.
@@ -108,17 +105,6 @@ def write_kernel_graphs(
     written = write_graphs(exact, folder, dtypes, compute_capabilities[0], graphs)
     kernels = folder / KERNELS_FOLDER
     kernels.mkdir()
-    write_pack(kernels, exact.config, dtypes, compute_capabilities, (*SOURCES[:2], LIBRARY_SOURCES[0]))
-    build_library(kernels)
+    write_pack(kernels, exact.config, dtypes, compute_capabilities, (*SOURCES[:2], CUDA_OPERATORS.sources[0]))
+    CUDA_OPERATORS.build(kernels)
     return written
-
-
-def build_library(folder: Path) -> Path | None:
-    """Build the library in a folder with its sources; None where the compiler or the headers are missing."""
-    compiler = shutil.which("g++")
-    given = os.environ.get("ONNXRUNTIME_INCLUDE")
-    found = [path for path in ((given,) if given else INCLUDES) if (Path(path) / "onnxruntime_cxx_api.h").is_file()]
-    if compiler is None or not found:
-        return None
-    subprocess.run(library_command(compiler, found[0]), cwd=folder, check=True)
-    return folder / KERNELS_LIBRARY

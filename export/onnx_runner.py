@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._onnxruntime import CUDA_PROVIDER, exact_providers, fit_linear_attention, require_onnxruntime
+from .operator_library import CPU_OPERATORS, CUDA_OPERATORS
 from .runner import Runner, State, Step
 from .stored_state import array_dtype, ort_value
 from .weights_file import WEIGHTS_FILE
@@ -18,9 +19,11 @@ TOUCHED_GRAPH = "decode_touched"
 CUDA_GRAPH = "decode_cuda"
 TRANSPOSED_STATE = "transposed_state"
 """The recurrent state of CUDA_GRAPH, ``[B, M'*HV, V, K]``."""
+FUSED_GRAPH = "decode_cpu"
+"""A decode graph whose nodes are whole layers, operators of ours."""
 FORCED_GRAPH = "prefill_forced"
-KERNELS_FOLDER, KERNELS_LIBRARY, LIBRARY_SOURCES = "kernels", "libmom_onnx.so", ("mom_onnx.cpp", "mom_launch.cpp")
-"""Of an artifact whose nodes are kernels of ours: the library that makes them operators of ONNX Runtime."""
+KERNELS_FOLDER = "kernels"
+"""Of an artifact whose nodes are kernels of ours."""
 _DTYPES = {  # onnxruntime's name of a type -> ours
     "tensor(int64)": "int64",
     "tensor(float)": "float32",
@@ -58,17 +61,17 @@ class OnnxRunner(Runner):
         self._prepack = prepack
         self._threads = threads
         self._runtime = require_onnxruntime()
-        self._library = folder / KERNELS_FOLDER / KERNELS_LIBRARY if (folder / KERNELS_FOLDER).is_dir() else None
-        default = "CPUExecutionProvider" if self._library is None else (CUDA_PROVIDER, {"enable_cuda_graph": "1"})
+        self._kernels = folder / KERNELS_FOLDER if (folder / KERNELS_FOLDER).is_dir() else None
+        default = "CPUExecutionProvider" if self._kernels is None else (CUDA_PROVIDER, {"enable_cuda_graph": "1"})
         self._providers = exact_providers(providers or [default])
         self._captures = self._providers != _uncaptured(self._providers)
         self._on_gpu = self._providers != ["CPUExecutionProvider"]
         self._device = "cuda" if CUDA_PROVIDER in str(self._providers) else "cpu"
-        if self._library is not None and self._device != "cuda":
+        if self._kernels is not None and self._device != "cuda":
             raise ValueError(
                 f"providers must have {CUDA_PROVIDER} for this artifact, got {providers}; its nodes are kernels"
             )
-        if self._device == "cuda" and self._library is None:
+        if self._device == "cuda" and self._kernels is None:
             fit_linear_attention(self.config.head_dim, self.config.value_dim)
         self._sessions: dict[str, Any] = {}
         self._weights: dict[str, Any] = {}
@@ -107,22 +110,23 @@ class OnnxRunner(Runner):
 
     def why_not(self) -> str | None:
         """As :meth:`Runner.why_not`."""
-        if self._library is None:
+        if self._kernels is None:
             return None
         if CUDA_PROVIDER not in self._runtime.get_available_providers():
             return (
                 f"onnxruntime must have {CUDA_PROVIDER}, got none; install onnxruntime-gpu in the place of onnxruntime"
             )
-        if not self._library.is_file():
-            command = " ".join(library_command("g++", "<onnxruntime's include folder>"))
-            return f"{self._library} must exist, got no such file; in its folder run: {command}"
-        return None
+        return CUDA_OPERATORS.missing(self._kernels)
 
     def _create_session(self, name: str, options: Any, providers: Sequence[Any]) -> Any:
-        if self._library is not None:
+        if name == FUSED_GRAPH:
+            if reason := CPU_OPERATORS.missing(self.folder):
+                raise ImportError(reason)
+            options.register_custom_ops_library(str(self.folder / CPU_OPERATORS.file))
+        if self._kernels is not None:
             if reason := self.why_not():
                 raise ImportError(reason)
-            options.register_custom_ops_library(str(self._library))
+            options.register_custom_ops_library(str(self._kernels / CUDA_OPERATORS.file))
             for weight, value in self._common_weights().items():
                 options.add_initializer(weight, value)
         return self._runtime.InferenceSession(self._graph_file(name), options, providers=providers)
@@ -157,6 +161,10 @@ class OnnxRunner(Runner):
                         f"{self.manifest['graphs'][name]} must take {key} {want} by manifest.json, got "
                         f"{found.get(key)}; the files belong to different models: export again"
                     )
+
+    def close(self) -> None:
+        """As :meth:`Runner.close`: sessions, and with them their mappings of the weights."""
+        self._sessions.clear()
 
     def check_structure(self) -> None:
         """As :meth:`Runner.check_structure`, the ONNX checker included."""
@@ -239,6 +247,7 @@ class OnnxRunner(Runner):
         touched: bool | None = None,
         transposed: bool | None = None,
         captured: bool = True,
+        fused: bool | None = None,
     ) -> Step:
         """As :meth:`Runner.decode_loop`.
 
@@ -248,7 +257,14 @@ class OnnxRunner(Runner):
         ``touched``: one set, of which only the memories that a token selected are written; None: where the artifact has
         that graph and the CPU runs it. ``transposed``: by the graph whose states are transposed, which is the fast one
         on CUDA; None: there, where the artifact has it. On the CUDA provider the whole states stay on the device.
+        ``fused``: by the graph whose nodes are whole layers, operators of ours for the CPU; None: with nothing else
+        chosen, where the artifact has it and its library; then in one set of buffers.
         """
+        if fused is None:
+            fused = self._has_fused and not (aliased or touched is not None or transposed is not None or self.not_run())
+            aliased |= fused
+        elif fused:
+            self._check_fused(touched or transposed)
         has_transposed = CUDA_GRAPH in self.manifest["graphs"]
         if transposed and not has_transposed:
             raise ValueError(
@@ -258,12 +274,12 @@ class OnnxRunner(Runner):
         captured &= self._captures
         aliased |= captured
         if touched is None:
-            touched = self.has_touched_decode and not (aliased or transposed or self._on_gpu)
+            touched = self.has_touched_decode and not (aliased or transposed or fused or self._on_gpu)
         if touched:
             return self._touched_loop(state, batch_size)
         if transposed is None:
             transposed = has_transposed and self._device == "cuda"
-        graph = CUDA_GRAPH if transposed else self._graph_name(1)
+        graph = CUDA_GRAPH if transposed else FUSED_GRAPH if fused else self._graph_name(1)
         # A CUDA graph is of one session and of one set of buffers.
         session = self._open(graph, self._providers) if captured else self._session(graph)
         feeds = self._feeds(self._check_state(batch_size, state))
@@ -319,7 +335,29 @@ class OnnxRunner(Runner):
             ways["touched memories written back"] = {"touched": True}
         if CUDA_GRAPH in self.manifest["graphs"]:
             ways["states transposed, as on CUDA"] = {"touched": False, "transposed": True}
+        if self._has_fused and not self.not_run():
+            ways["fused layers"] = {"fused": True, "aliased": True}
+            ways["fused layers, two buffers"] = {"fused": True}
         return ways
+
+    def not_run(self) -> dict[str, str]:
+        """As :meth:`Runner.not_run`."""
+        reason = CPU_OPERATORS.missing(self.folder) if self._has_fused else None
+        return {} if reason is None else {"fused layers": reason}
+
+    @property
+    def _has_fused(self) -> bool:
+        """Whether the artifact has operators of ours for this provider."""
+        return FUSED_GRAPH in self.manifest["graphs"] and not self._on_gpu
+
+    def _check_fused(self, another: bool | None) -> None:
+        if not self._has_fused:
+            raise ValueError(
+                f"fused must be False for this artifact, got True; on the CPU one of --to onnxruntime in float32 has a "
+                f"{FUSED_GRAPH} graph"
+            )
+        if another:
+            raise ValueError("only one of fused, touched and transposed must be True, got two; each is a graph")
 
     @property
     def has_touched_decode(self) -> bool:
@@ -373,22 +411,6 @@ def _uncaptured(providers: Sequence[Any]) -> list[Any]:
         return provider[0], {**provider[1], "enable_cuda_graph": "0"}
 
     return [plain(provider) for provider in providers]
-
-
-def library_command(compiler: str, include: str) -> list[str]:
-    """What builds KERNELS_LIBRARY, in the folder of its sources."""
-    return [
-        compiler,
-        "-std=c++17",
-        "-O2",
-        "-shared",
-        "-fPIC",
-        f"-I{include}",
-        *LIBRARY_SOURCES,
-        "-o",
-        KERNELS_LIBRARY,
-        "-ldl",
-    ]
 
 
 def transposed_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 FOLDER = Path(__file__).parent
+OPERATORS = FOLDER / f"libmom_cpu_{platform.machine()}.so"  # built from mom_cpu.cpp, where there is one
 
 
 def zeros(entry: dict[str, Any]) -> OrtValue:
@@ -23,8 +25,11 @@ def zeros(entry: dict[str, Any]) -> OrtValue:
 
 def session_of(graph: str, made_with: str) -> onnxruntime.InferenceSession:
     """A session of a graph. What does not open in an older onnxruntime than it was made with asks for a newer one."""
+    options = onnxruntime.SessionOptions()
+    if graph == "decode_cpu.onnx":
+        options.register_custom_ops_library(str(OPERATORS))
     try:
-        return onnxruntime.InferenceSession(str(FOLDER / graph), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(FOLDER / graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # checked only here: many graphs do open in older versions
         wanted, got = (version.split(".")[:2] for version in (made_with, onnxruntime.__version__))
         if [*map(int, got)] >= [*map(int, wanted)]:
@@ -41,10 +46,10 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=100)
     args = parser.parse_args()
     manifest = json.loads((FOLDER / "manifest.json").read_text())
-    sessions = {
-        name: session_of(manifest["graphs"][name], manifest["versions"]["onnxruntime"])
-        for name in ("prefill", "decode")
-    }
+    graphs, made_with = manifest["graphs"], manifest["versions"]["onnxruntime"]
+    fused = "decode_cpu" in graphs and OPERATORS.is_file()
+    prefill = session_of(graphs["prefill"], made_with)
+    decode = session_of(graphs["decode_cpu" if fused else "decode"], made_with)
     if manifest["tokenizer"] == "tokenizers":
         from tokenizers import Tokenizer
 
@@ -68,7 +73,7 @@ def main() -> None:
     names = ["logits", *(name.replace("past_key_values", "present") for name in state)]
     tokens, done = np.array([ids], np.int64), list(ids)
     for _ in range(args.max_new_tokens):
-        session = sessions["decode" if tokens.shape[1] == 1 else "prefill"]
+        session = decode if tokens.shape[1] == 1 else prefill
         inputs = {"input_ids": OrtValue.ortvalue_from_numpy(tokens), **state}
         logits, *present = session.run_with_ort_values(names, inputs)
         state = dict(zip(state, present))  # noqa: B905 the outputs come in the order of their names

@@ -118,6 +118,9 @@ class Runner:
         """The ways in which :meth:`decode_loop` can keep its state: description -> options. All are verified."""
         return {"": {}}
 
+    def close(self) -> None:
+        """Give back what is open; the next call opens it again. Loops that were made before go on."""
+
     def check_structure(self) -> None:
         """Raise ValueError unless the files have the names, shapes and operators of the contract."""
         raise NotImplementedError
@@ -125,6 +128,10 @@ class Runner:
     def why_not(self) -> str | None:
         """What is missing on this machine to run the artifact; None: nothing that is known without running it."""
         return None
+
+    def not_run(self) -> dict[str, str]:
+        """Of an artifact that runs, the parts that this machine cannot run: description -> what is missing."""
+        return {}
 
     def _run(self, ids: NDArray[np.int64], state: State) -> tuple[Any, State]:
         raise NotImplementedError

@@ -18,15 +18,17 @@ ENGINE_INPUTS = {
     "block_table": ["batch_size", "max_num_blocks"],
 }
 STANDARD_DOMAINS = ("", "ai.onnx")
-KERNELS_DOMAIN = "mom"
-"""Of the operators of ``cpp/mom_onnx.cpp``."""
+OWN_DOMAIN = "mom"
+"""Of the operators of ``cpp/mom_onnx.cpp`` and ``cpp/mom_cpu.cpp``."""
+OWN_GRAPHS = ("decode_cpu",)
+"""Those that hold them beside graphs that do not."""
 TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
     "triton-server": STANDARD_DOMAINS,
     "tensorrt": STANDARD_DOMAINS,
     "opset27": STANDARD_DOMAINS,
     "onnxruntime": (*STANDARD_DOMAINS, "com.microsoft"),
-    "onnxruntime-cuda": (*STANDARD_DOMAINS, KERNELS_DOMAIN),
+    "onnxruntime-cuda": (*STANDARD_DOMAINS, OWN_DOMAIN),
 }
 
 
@@ -50,7 +52,8 @@ def expected_io(
     Args:
         config: of the model.
         shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
-        graph: ``prefill``, ``decode``, ``decode_touched``, whose states are the selected memories' alone,
+        graph: ``prefill``, ``decode``, ``decode_cpu``,
+            ``decode_touched``, whose states are the selected memories' alone,
             ``decode_cuda``, whose recurrent states are transposed,
             ``prefill_forced``, which takes the routing, GenAI's ``model``, which has an attention mask and always a
             ``conv_state``, or its ``engine``, which takes packed tokens and a paged cache.
@@ -124,8 +127,8 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
     onnx = require("onnx", "onnx")
     config = MoMConfig.from_dict(manifest["config"])
     shapes = {entry["name"]: tuple(entry["shape"]) for entry in manifest["state"]}
-    allowed = TARGET_DOMAINS[manifest["target"]]
     for name, file in manifest["graphs"].items():
+        allowed = TARGET_DOMAINS[manifest["target"]] + (OWN_DOMAIN,) * (name in OWN_GRAPHS)
         path = folder / file
         try:
             onnx.checker.check_model(str(path), full_check=True)

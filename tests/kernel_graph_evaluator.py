@@ -16,7 +16,7 @@ from mom_compile import MoMConfig
 from mom_compile.export.kernel_function import Dtypes
 from mom_compile.export.kernel_functions import functions
 from mom_compile.export.kernel_table import record
-from mom_compile.export.structure import KERNELS_DOMAIN
+from mom_compile.export.structure import OWN_DOMAIN
 from mom_compile.ops._layout import CHUNK, rows_bound
 
 
@@ -28,7 +28,7 @@ class Evaluator:
         self.functions = {function.name: function for function in functions(config, dtypes)}
 
         class Kernels(OpRun):
-            op_domain = KERNELS_DOMAIN
+            op_domain = OWN_DOMAIN
 
             def _run(node, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
                 return self.node(inputs, attributes)

@@ -93,7 +93,7 @@ def test_decode_of_touched_states_and_of_onnxruntime(tmp_path: Path) -> None:
 
     table = Table(COLUMNS, {})
     touched_rows(table, 16, 1, heads=2, dim=8, memories=4, repeats=1)
-    assert [row["form"] for row in table.rows] == ["whole", "one buffer", "touched"]
+    assert [row["form"] for row in table.rows][:3] == ["whole", "one buffer", "touched"]
     assert table.rows[0]["times_first"] == 1.0
 
 

@@ -16,6 +16,7 @@ from support import launches, relative
 from mom_compile import MoMForCausalLM, export
 from mom_compile.export import onnx_artifact, writing
 from mom_compile.export.onnx_artifact import TARGETS
+from mom_compile.export.operator_library import CPU_OPERATORS
 from mom_compile.report import Report
 
 DATA = Path(__file__).parent / "data"
@@ -51,7 +52,9 @@ def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> N
     assert manifest["state_layout_version"] == 1
     assert manifest["parity"]["passed"] and manifest["parity"]["error"] < 1e-4
     graphs = {"prefill.onnx", "decode.onnx"}
-    graphs |= {"decode_touched.onnx"} if manifest["target"] == "onnxruntime" else set()
+    if manifest["target"] == "onnxruntime":
+        graphs |= {"decode_touched.onnx", "decode_cpu.onnx", *CPU_OPERATORS.sources}
+        graphs |= set() if CPU_OPERATORS.missing(folder) else {CPU_OPERATORS.file}
     assert set(manifest["files"]) == {*graphs, "weights.bin", "run.py", "run.cpp", "reference.npz"}
     first = manifest["io"]["prefill"]["inputs"][:3]
     assert first[0] == {"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}

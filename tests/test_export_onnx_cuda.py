@@ -20,7 +20,8 @@ from mom_compile.export.artifact import read_manifest
 from mom_compile.export.kernel_function import Dtypes
 from mom_compile.export.kernel_functions import functions
 from mom_compile.export.kernel_table import record
-from mom_compile.export.onnx_runner import KERNELS_FOLDER, LIBRARY_SOURCES
+from mom_compile.export.onnx_runner import KERNELS_FOLDER
+from mom_compile.export.operator_library import CUDA_OPERATORS
 
 pytest.importorskip("triton")
 pytest.importorskip("onnxruntime")
@@ -103,7 +104,7 @@ def test_on_a_gpu(precision: str, tmp_path: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
     model = tiny_model(head_dim=64)
     report = to_onnx_cuda(model, tmp_path / "a", precision=precision, compute_capabilities=[10 * major + minor])
-    if not (tmp_path / "a" / KERNELS_FOLDER / "libmom_onnx.so").is_file():
+    if not (tmp_path / "a" / KERNELS_FOLDER / CUDA_OPERATORS.file).is_file():
         pytest.skip("needs onnxruntime's C++ headers")
     assert report.passed and len(report.checks) > 4
     runner, ids = load(tmp_path / "a"), torch.randint(0, 50, (2, 30)).numpy()
@@ -156,9 +157,8 @@ def library(folder: Path) -> Path:
     kernels = folder / KERNELS_FOLDER
     flags = [f"-isystem{INCLUDE}", '-DMOM_PROVIDER="CPUExecutionProvider"']
     # Beside the other one, where it looks for the kernels.
-    return _build(
-        kernels / LIBRARY_SOURCES[0], kernels / "libmom_onnx_cpu.so", *flags, str(kernels / LIBRARY_SOURCES[1])
-    )
+    source, other = (kernels / name for name in CUDA_OPERATORS.sources)
+    return _build(source, kernels / "libmom_onnx_on_cpu.so", *flags, str(other))
 
 
 @pytest.fixture(scope="module")

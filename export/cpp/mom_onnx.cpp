@@ -14,7 +14,7 @@
 // KernelsInPlace is the same; its output 0 is the memory of its input 1.
 //
 // Build it in the pack's folder, where it looks for the kernels:
-//   g++ -std=c++17 -O2 -shared -fPIC -I<ONNX Runtime>/include mom_onnx.cpp mom_launch.cpp -o libmom_onnx.so -ldl
+//   g++ -std=c++17 -O2 -shared -fPIC -I<ONNX Runtime>/include mom_onnx.cpp mom_launch.cpp -o libmom_onnx_$(uname -m).so -ldl
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 
@@ -242,7 +242,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(O
                                                                                 const OrtApiBase *base) {
     const OrtApi *api = base->GetApi(ORT_API_VERSION);
     if (!api)
-        return base->GetApi(1)->CreateStatus(ORT_FAIL, "mom: libmom_onnx.so must be built with the headers of this ONNX "
+        return base->GetApi(1)->CreateStatus(ORT_FAIL, "mom: libmom_onnx must be built with the headers of this ONNX "
                                                        "Runtime or an older one");
     Ort::InitApi(api);
     static const Kernels kernels;

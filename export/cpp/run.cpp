@@ -22,11 +22,18 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__)
+constexpr char kMachine[] = "aarch64";
+#else
+constexpr char kMachine[] = "x86_64";
+#endif
+
 constexpr int64_t kPrefillTokens = 4096;  // of one call; longer prompts go through in pieces
 
 // A graph and the names of its inputs and outputs: the tokens (logits) first, then the states in one order.
 struct Graph {
-  Graph(const Ort::Env& env, const std::string& path) : session(env, path.c_str(), Ort::SessionOptions{}) {
+  Graph(const Ort::Env& env, const std::string& path, const Ort::SessionOptions& options)
+      : session(env, path.c_str(), options) {
     Ort::AllocatorWithDefaultOptions allocator;
     for (size_t i = 0; i < session.GetInputCount(); ++i) {
       inputs.push_back(session.GetInputNameAllocated(i, allocator).get());
@@ -87,7 +94,14 @@ int main(int argc, char** argv) try {
   if (ids.empty()) throw std::runtime_error("PROMPT must have at least one token, got none");
 
   const Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "mom");
-  Graph prefill(env, folder + "/prefill.onnx"), decode(env, folder + "/decode.onnx");
+  const Ort::SessionOptions plain;
+  Ort::SessionOptions with_operators;
+  // Built from mom_cpu.cpp, where there is one: a token by operators of its own.
+  const std::string operators = folder + "/libmom_cpu_" + kMachine + ".so";
+  const bool fused = std::ifstream(operators).good() && std::ifstream(folder + "/decode_cpu.onnx").good();
+  if (fused) with_operators.RegisterCustomOpsLibrary(operators.c_str());
+  Graph prefill(env, folder + "/prefill.onnx", plain);
+  Graph decode(env, folder + (fused ? "/decode_cpu.onnx" : "/decode.onnx"), fused ? with_operators : plain);
   std::vector<Ort::Value> state = init_state(decode);
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
 

@@ -111,12 +111,15 @@ def _decoders(
             yield form, lambda session=session: session.step(ids)  # type: ignore[misc]
     if "onnxruntime" in forms:
         ways: dict[str, tuple[bool, dict[str, Any]]] = {
-            "onnxruntime": (False, {}),
-            "onnxruntime, prepacked": (True, {}),
+            "onnxruntime": (False, {"fused": True, "aliased": True}),
+            "onnxruntime, its own nodes": (False, {"touched": True}),
+            "onnxruntime, prepacked": (True, {"touched": True}),
             "onnxruntime, whole state": (False, {"touched": False}),
         }
         for form, (prepack, options) in ways.items():
             runner = export.load(artifact, prepack=prepack, threads=threads)
+            if "fused" in options and runner.not_run():
+                continue
             step = runner.decode_loop(runner.init_state(batch), batch, **options)
             yield form, lambda step=step: step(ids.numpy())  # type: ignore[misc]
 
@@ -147,7 +150,7 @@ def touched_rows(
     repeats: int = 20,
     threads: int | None = None,
 ) -> None:
-    """One layer in onnxruntime: the whole state, one shared buffer, the touched memories alone.
+    """One layer in onnxruntime: the whole state, one shared buffer, the touched memories alone, those in place.
 
     With a small ``hidden`` the states outweigh the projections, which all three read whole.
     """
@@ -165,6 +168,8 @@ def touched_rows(
         ids = np.random.default_rng(0).integers(0, 257, (batch, 8))
         _, state = runner(ids)
         ways = {"whole": {"touched": False}, "one buffer": {"aliased": True}, "touched": {"touched": True}}
+        if not runner.not_run():
+            ways["touched, fused layer"] = {"fused": True, "aliased": True}
 
         def caller(options: dict[str, bool]) -> Callable[[], object]:
             step, tokens = runner.decode_loop(state, batch, **options), iter(range(10**9))
