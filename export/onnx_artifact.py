@@ -22,10 +22,10 @@ from ..model import MoMForCausalLM
 from ..mom_attention import Form
 from ._onnxruntime import CPU_GATED_DELTA_NET, require_onnxruntime, runtime_version
 from .calibration import round_weights
-from .decode_cpu_graph import decode_cpu_graph
+from .cpu_graphs import decode_cpu_graph, prefill_cpu_graph
 from .lowerings import lowerings
 from .microsoft_nodes import join_residuals
-from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, FUSED_GRAPH, TOUCHED_GRAPH, transposed_name
+from .onnx_runner import CUDA_GRAPH, FORCED_GRAPH, FUSED_GRAPHS, TOUCHED_GRAPH, transposed_name
 from .operator_library import add_cpu_operators
 from .precision import TOLERANCES, check_precision, lower_precision
 from .products import gather_parts, join_products
@@ -68,9 +68,10 @@ def to_onnx(
     ``present.{i}.touched_state`` ``[B, k'*HV, K, V]``, ``present.{i}.touched_conv_state`` ``[B, k'*C, W-1]`` and
     ``present.{i}.touched_index`` ``[B, k']``, k' = k + 1 with the shared memory, to be written back.
 
-    In float32 with float32 states there is also ``decode_cpu.onnx`` for onnxruntime, a token by operators of
-    ours: ``mom_cpu.cpp`` and, where g++ and ONNX Runtime's headers are found (``ONNXRUNTIME_INCLUDE``),
-    its library ``libmom_cpu_<machine>.so``; elsewhere the first lines of the source say how to build it.
+    In float32 with float32 states there are also ``prefill_cpu.onnx`` and ``decode_cpu.onnx`` for onnxruntime, the
+    same by operators of ours: ``mom_cpu.cpp`` and, where g++ and ONNX Runtime's headers are found
+    (``ONNXRUNTIME_INCLUDE``), its library ``libmom_cpu_<machine>.so``; elsewhere the first lines of the source say how
+    to build it.
 
     In float16 there is also ``decode_cuda.onnx`` for onnxruntime's CUDA provider, where a model has delta rules and K =
     V: its recurrent states are transposed, ``past_key_values.{i}.transposed_state`` ``[B, M'*HV, V, K]``.
@@ -119,7 +120,7 @@ def to_onnx(
             text = resources.files(__package__ or "").joinpath(source).read_text(encoding="utf-8")
             (folder / name).write_text(text, encoding="utf-8")
         files = graph_files(exact.config, target, precision, state_dtype)
-        if FUSED_GRAPH in files:
+        if FUSED_GRAPHS["decode"] in files:
             add_cpu_operators(folder)
         return {
             "kind": "onnx",
@@ -153,8 +154,8 @@ def _write_graphs(model: MoMForCausalLM, folder: Path, target: str, precision: s
     join = precision in ("float32", "float16")
 
     def make(name: str) -> Any:
-        if name == FUSED_GRAPH:
-            return decode_cpu_graph(model)
+        if name in FUSED_GRAPHS.values():
+            return decode_cpu_graph(model) if name == FUSED_GRAPHS["decode"] else prefill_cpu_graph(model)
         return lower_precision(_graph(model, target, name, state_dtype, join), precision, rounded)
 
     return save_graphs(folder, ((name, file, partial(make, name)) for name, file in files.items()))
@@ -165,12 +166,12 @@ def graph_files(
 ) -> dict[str, str]:
     """Graph name -> file.
 
-    The touched decode is for onnxruntime, where a token leaves some memories alone; that of operators of ours for what
-    they take; that for CUDA for the precision that one has there; the prefill whose routing is given is for the
+    The touched decode is for onnxruntime, where a token leaves some memories alone; those of operators of ours for
+    what they take; that for CUDA for the precision that one has there; the prefill whose routing is given is for the
     verification of what is below float32.
     """
     names = [TOUCHED_GRAPH] if target == "onnxruntime" and config.topk < config.num_memories else []
-    names += [FUSED_GRAPH] if target == "onnxruntime" and precision == state_dtype == "float32" else []
+    names += FUSED_GRAPHS.values() if target == "onnxruntime" and precision == state_dtype == "float32" else []
     names += [CUDA_GRAPH] if target == "onnxruntime" and precision == "float16" and _fits_cuda_graph(config) else []
     names += [FORCED_GRAPH] if precision != "float32" else []
     return {**GRAPHS, **{name: f"{name}.onnx" for name in names}}

@@ -19,8 +19,8 @@ TOUCHED_GRAPH = "decode_touched"
 CUDA_GRAPH = "decode_cuda"
 TRANSPOSED_STATE = "transposed_state"
 """The recurrent state of CUDA_GRAPH, ``[B, M'*HV, V, K]``."""
-FUSED_GRAPH = "decode_cpu"
-"""A decode graph whose nodes are whole layers, operators of ours."""
+FUSED_GRAPHS = {"prefill": "prefill_cpu", "decode": "decode_cpu"}
+"""The same by operators of ours for the CPU; of a token a node is a whole layer."""
 FORCED_GRAPH = "prefill_forced"
 KERNELS_FOLDER = "kernels"
 """Of an artifact whose nodes are kernels of ours."""
@@ -44,6 +44,7 @@ class OnnxRunner(Runner):
         prepack: float32 weights laid out anew for the products of the CPU: small ones decode faster, and each session
             holds a copy of its own. False: all sessions map the one file.
         threads: of a session on the CPU; None: onnxruntime's own choice.
+        fused: by the graphs with operators of ours for the CPU; None: where the artifact has them and their library.
 
     Raises:
         ValueError: a bfloat16 state on another provider than the CPU's.
@@ -56,6 +57,7 @@ class OnnxRunner(Runner):
         providers: Sequence[str] | None = None,
         prepack: bool = False,
         threads: int | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(folder, manifest)
         self._prepack = prepack
@@ -73,6 +75,10 @@ class OnnxRunner(Runner):
             )
         if self._device == "cuda" and self._kernels is None:
             fit_linear_attention(self.config.head_dim, self.config.value_dim)
+        self._has_fused = set(FUSED_GRAPHS.values()) <= manifest["graphs"].keys() and not self._on_gpu
+        if fused:
+            self._check_fused()
+        self._fused = not self.not_run() and self._has_fused if fused is None else fused
         self._sessions: dict[str, Any] = {}
         self._weights: dict[str, Any] = {}
         if self._on_gpu and "bfloat16" in self._dtypes.values():
@@ -119,7 +125,7 @@ class OnnxRunner(Runner):
         return CUDA_OPERATORS.missing(self._kernels)
 
     def _create_session(self, name: str, options: Any, providers: Sequence[Any]) -> Any:
-        if name == FUSED_GRAPH:
+        if name in FUSED_GRAPHS.values():
             if reason := CPU_OPERATORS.missing(self.folder):
                 raise ImportError(reason)
             options.register_custom_ops_library(str(self.folder / CPU_OPERATORS.file))
@@ -173,7 +179,8 @@ class OnnxRunner(Runner):
         check_structure(self.folder, self.manifest)
 
     def _run(self, ids: NDArray[np.int64], state: State, **inputs: Any) -> tuple[Any, State]:
-        return self._call(self._graph_name(ids.shape[1]), {**self._inputs(ids), **inputs}, state)
+        name = self._graph_name(ids.shape[1])
+        return self._call(FUSED_GRAPHS[name] if self._fused else name, {**self._inputs(ids), **inputs}, state)
 
     def _call(self, graph: str, inputs: Mapping[str, Any], state: State) -> tuple[Any, State]:
         """One run of a graph into arrays of our own: numpy has no bfloat16 that onnxruntime would take or give."""
@@ -258,13 +265,15 @@ class OnnxRunner(Runner):
         that graph and the CPU runs it. ``transposed``: by the graph whose states are transposed, which is the fast one
         on CUDA; None: there, where the artifact has it. On the CUDA provider the whole states stay on the device.
         ``fused``: by the graph whose nodes are whole layers, operators of ours for the CPU; None: with nothing else
-        chosen, where the artifact has it and its library; then in one set of buffers.
+        chosen where the runner takes such graphs, and then in one set of buffers.
         """
         if fused is None:
-            fused = self._has_fused and not (aliased or touched is not None or transposed is not None or self.not_run())
+            fused = self._fused and not (aliased or touched is not None or transposed is not None)
             aliased |= fused
         elif fused:
-            self._check_fused(touched or transposed)
+            self._check_fused()
+        if fused and (touched or transposed):
+            raise ValueError("only one of fused, touched and transposed must be True, got two; each is a graph")
         has_transposed = CUDA_GRAPH in self.manifest["graphs"]
         if transposed and not has_transposed:
             raise ValueError(
@@ -279,7 +288,7 @@ class OnnxRunner(Runner):
             return self._touched_loop(state, batch_size)
         if transposed is None:
             transposed = has_transposed and self._device == "cuda"
-        graph = CUDA_GRAPH if transposed else FUSED_GRAPH if fused else self._graph_name(1)
+        graph = CUDA_GRAPH if transposed else FUSED_GRAPHS["decode"] if fused else self._graph_name(1)
         # A CUDA graph is of one session and of one set of buffers.
         session = self._open(graph, self._providers) if captured else self._session(graph)
         feeds = self._feeds(self._check_state(batch_size, state))
@@ -335,29 +344,29 @@ class OnnxRunner(Runner):
             ways["touched memories written back"] = {"touched": True}
         if CUDA_GRAPH in self.manifest["graphs"]:
             ways["states transposed, as on CUDA"] = {"touched": False, "transposed": True}
-        if self._has_fused and not self.not_run():
+        if self._fused:
             ways["fused layers"] = {"fused": True, "aliased": True}
             ways["fused layers, two buffers"] = {"fused": True}
         return ways
+
+    def prefill_ways(self) -> dict[str, Runner]:
+        """As :meth:`Runner.prefill_ways`."""
+        if not self._fused:
+            return {"": self}
+        own = type(self)(self.folder, self.manifest, self._providers, self._prepack, self._threads, fused=False)
+        return {"": own, "fused layers": self}
 
     def not_run(self) -> dict[str, str]:
         """As :meth:`Runner.not_run`."""
         reason = CPU_OPERATORS.missing(self.folder) if self._has_fused else None
         return {} if reason is None else {"fused layers": reason}
 
-    @property
-    def _has_fused(self) -> bool:
-        """Whether the artifact has operators of ours for this provider."""
-        return FUSED_GRAPH in self.manifest["graphs"] and not self._on_gpu
-
-    def _check_fused(self, another: bool | None) -> None:
+    def _check_fused(self) -> None:
         if not self._has_fused:
             raise ValueError(
-                f"fused must be False for this artifact, got True; on the CPU one of --to onnxruntime in float32 has a "
-                f"{FUSED_GRAPH} graph"
+                "fused must be False for this artifact, got True; operators of ours for the CPU has one of --to "
+                "onnxruntime in float32"
             )
-        if another:
-            raise ValueError("only one of fused, touched and transposed must be True, got two; each is a graph")
 
     @property
     def has_touched_decode(self) -> bool:

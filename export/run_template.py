@@ -26,7 +26,7 @@ def zeros(entry: dict[str, Any]) -> OrtValue:
 def session_of(graph: str, made_with: str) -> onnxruntime.InferenceSession:
     """A session of a graph. What does not open in an older onnxruntime than it was made with asks for a newer one."""
     options = onnxruntime.SessionOptions()
-    if graph == "decode_cpu.onnx":
+    if graph.endswith("_cpu.onnx"):
         options.register_custom_ops_library(str(OPERATORS))
     try:
         return onnxruntime.InferenceSession(str(FOLDER / graph), options, providers=["CPUExecutionProvider"])
@@ -48,8 +48,7 @@ def main() -> None:
     manifest = json.loads((FOLDER / "manifest.json").read_text())
     graphs, made_with = manifest["graphs"], manifest["versions"]["onnxruntime"]
     fused = "decode_cpu" in graphs and OPERATORS.is_file()
-    prefill = session_of(graphs["prefill"], made_with)
-    decode = session_of(graphs["decode_cpu" if fused else "decode"], made_with)
+    prefill, decode = (session_of(graphs[name + "_cpu" * fused], made_with) for name in ("prefill", "decode"))
     if manifest["tokenizer"] == "tokenizers":
         from tokenizers import Tokenizer
 

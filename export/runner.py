@@ -31,8 +31,8 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Runner:
 
     Args:
         directory: written by one of the ``to_*`` functions.
-        options: of the runner: ``providers`` (onnxruntime execution providers, the CPU's by default) and
-            ``prepack`` (see :class:`mom_compile.export.OnnxRunner`) for an ONNX artifact, ``device`` (the CPU by
+        options: of the runner: ``providers`` (onnxruntime execution providers, the CPU's by default), ``prepack`` and
+            ``fused`` (see :class:`mom_compile.export.OnnxRunner`) for an ONNX artifact, ``device`` (the CPU by
             default) for a pt2 artifact, ``device`` (what it was compiled for by default) for an aoti artifact. A
             tensorrt artifact runs its engines on a GPU, or with ``providers`` the same graphs in onnxruntime.
 
@@ -120,6 +120,10 @@ class Runner:
 
     def close(self) -> None:
         """Give back what is open; the next call opens it again. Loops that were made before go on."""
+
+    def prefill_ways(self) -> dict[str, Runner]:
+        """Runners of this artifact that call other graphs than this one: description -> runner. All are verified."""
+        return {"": self}
 
     def check_structure(self) -> None:
         """Raise ValueError unless the files have the names, shapes and operators of the contract."""

@@ -20,7 +20,7 @@ ENGINE_INPUTS = {
 STANDARD_DOMAINS = ("", "ai.onnx")
 OWN_DOMAIN = "mom"
 """Of the operators of ``cpp/mom_onnx.cpp`` and ``cpp/mom_cpu.cpp``."""
-OWN_GRAPHS = ("decode_cpu",)
+OWN_GRAPHS = ("prefill_cpu", "decode_cpu")
 """Those that hold them beside graphs that do not."""
 TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
@@ -52,7 +52,7 @@ def expected_io(
     Args:
         config: of the model.
         shapes: one layer's state by name, without the batch, memories and heads (channels) apart.
-        graph: ``prefill``, ``decode``, ``decode_cpu``,
+        graph: ``prefill``, ``decode``, ``prefill_cpu``, ``decode_cpu``,
             ``decode_touched``, whose states are the selected memories' alone,
             ``decode_cuda``, whose recurrent states are transposed,
             ``prefill_forced``, which takes the routing, GenAI's ``model``, which has an attention mask and always a
@@ -128,7 +128,7 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
     config = MoMConfig.from_dict(manifest["config"])
     shapes = {entry["name"]: tuple(entry["shape"]) for entry in manifest["state"]}
     for name, file in manifest["graphs"].items():
-        allowed = TARGET_DOMAINS[manifest["target"]] + (OWN_DOMAIN,) * (name in OWN_GRAPHS)
+        allowed = (*TARGET_DOMAINS[manifest["target"]], *(OWN_DOMAIN for graph in OWN_GRAPHS if graph == name))
         path = folder / file
         try:
             onnx.checker.check_model(str(path), full_check=True)

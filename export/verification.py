@@ -249,22 +249,24 @@ def _compare(
 
 def _against_model(runner: Runner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
     return [
-        *prefill_checks(runner, model, tolerance),
+        *(check for way in runner.prefill_ways().items() for check in prefill_checks(way[1], model, tolerance, way[0])),
         *_decode(runner, model, tolerance),
         _greedy(runner, model, tolerance),
     ]
 
 
-def prefill_checks(runner: Runner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
+def prefill_checks(runner: Runner, model: MoMForCausalLM, tolerance: float, way: str = "") -> list[Check]:
     """One call from a random state; a state of 16 bits is rounded once, when it comes out."""
     results = [_compare(runner, model, *shape, seed=seed) for seed, shape in enumerate(PREFILL_SHAPES)]
+    runner.close()  # each graph maps the weights for itself
+    suffix = way and f", {way}"
     compared = np.concatenate([use.ravel() for *_, use in results])
     lengths = ", ".join(f"{batch}x{length}" for batch, length in PREFILL_SHAPES)
     logits, states = max(result[0] for result in results), max(result[1] for result in results)
     rounding = ROUNDING[state_dtype_of(runner.manifest)]
     return [
-        compared_check("prefill logits", logits, tolerance, compared, lengths),
-        compared_check("prefill states", states, tolerance + rounding, compared, "from random states"),
+        compared_check(f"prefill logits{suffix}", logits, tolerance, compared, lengths),
+        compared_check(f"prefill states{suffix}", states, tolerance + rounding, compared, "from random states"),
     ]
 
 
@@ -293,7 +295,7 @@ def _decode(runner: Runner, model: MoMForCausalLM, tolerance: float) -> list[Che
         name = f"{DECODE_STEPS} decode steps{way and ', '}{way}"
         checks.append(compared_check(name, relative(logits[use], expected), tolerance, use))
         del step
-        runner.close()  # each graph maps the weights for itself
+        runner.close()
     return checks
 
 

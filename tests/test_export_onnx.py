@@ -53,7 +53,7 @@ def test_the_report_and_the_manifest(exported: tuple[MoMForCausalLM, Path]) -> N
     assert manifest["parity"]["passed"] and manifest["parity"]["error"] < 1e-4
     graphs = {"prefill.onnx", "decode.onnx"}
     if manifest["target"] == "onnxruntime":
-        graphs |= {"decode_touched.onnx", "decode_cpu.onnx", *CPU_OPERATORS.sources}
+        graphs |= {"decode_touched.onnx", "prefill_cpu.onnx", "decode_cpu.onnx", *CPU_OPERATORS.sources}
         graphs |= set() if CPU_OPERATORS.missing(folder) else {CPU_OPERATORS.file}
     assert set(manifest["files"]) == {*graphs, "weights.bin", "run.py", "run.cpp", "reference.npz"}
     first = manifest["io"]["prefill"]["inputs"][:3]

@@ -94,14 +94,13 @@ int main(int argc, char** argv) try {
   if (ids.empty()) throw std::runtime_error("PROMPT must have at least one token, got none");
 
   const Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "mom");
-  const Ort::SessionOptions plain;
-  Ort::SessionOptions with_operators;
-  // Built from mom_cpu.cpp, where there is one: a token by operators of its own.
+  // Built from mom_cpu.cpp, where there is one: the same graphs by operators of its own.
   const std::string operators = folder + "/libmom_cpu_" + kMachine + ".so";
   const bool fused = std::ifstream(operators).good() && std::ifstream(folder + "/decode_cpu.onnx").good();
-  if (fused) with_operators.RegisterCustomOpsLibrary(operators.c_str());
-  Graph prefill(env, folder + "/prefill.onnx", plain);
-  Graph decode(env, folder + (fused ? "/decode_cpu.onnx" : "/decode.onnx"), fused ? with_operators : plain);
+  Ort::SessionOptions options;
+  if (fused) options.RegisterCustomOpsLibrary(operators.c_str());
+  const std::string suffix = fused ? "_cpu.onnx" : ".onnx";
+  Graph prefill(env, folder + "/prefill" + suffix, options), decode(env, folder + "/decode" + suffix, options);
   std::vector<Ort::Value> state = init_state(decode);
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
 

@@ -119,7 +119,7 @@ def _decoders(
         for form, (prepack, options) in ways.items():
             runner = export.load(artifact, prepack=prepack, threads=threads)
             if "fused" in options and runner.not_run():
-                continue
+                continue  # its library could not be built
             step = runner.decode_loop(runner.init_state(batch), batch, **options)
             yield form, lambda step=step: step(ids.numpy())  # type: ignore[misc]
 
@@ -134,8 +134,13 @@ def _prefills(
         if form in forms:
             yield form, lambda function=function: function(ids, state=state)  # type: ignore[misc]
     if "onnxruntime" in forms:
-        for form, prepack in {"onnxruntime": False, "onnxruntime, prepacked": True}.items():
-            runner = export.load(artifact, prepack=prepack, threads=threads)
+        settings: dict[str, dict[str, Any]] = {
+            "onnxruntime": {},
+            "onnxruntime, its own nodes": {"fused": False},
+            "onnxruntime, prepacked": {"fused": False, "prepack": True},
+        }
+        for form, options in settings.items():
+            runner = export.load(artifact, threads=threads, **options)
             empty = runner.init_state(batch)
             yield form, lambda runner=runner, empty=empty: runner(ids.numpy(), empty)  # type: ignore[misc]
 
