@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, overlapped, pointer, variant
 from . import cpu
 from .kernels import decode_prepare_kernel, decode_row_kernel, decode_swiglu_kernel, decode_tile_kernel
 
 MOST_ROWS = 4
-"""Up to it a program takes one row and whole rows of the weight."""
+"""Up to it a program takes one row and whole rows of the weight, in float32."""
+FEW_ROWS = 1
+"""The same in 16 bits."""
 MOST_TILE_ROWS = 16
 """Up to it a program takes all rows; above it the matrix product of torch takes over."""
 MOST_FEATURES = 16384
@@ -22,6 +24,9 @@ PROGRAMS = 256
 """What a launch should at least have to keep the multiprocessors of a large GPU busy."""
 TILE_PROGRAMS = 60
 """The same for the tile kernel, whose programs have more in flight."""
+OVERLAPPED = 256
+"""Programs of a launch of tiles that overlaps the kernel before it. More of them, some of which would wait for a place,
+are faster behind it."""
 PARALLEL = 4
 """Warps of the tile kernel, each with a piece of the features."""
 MEASURED = {
@@ -62,7 +67,7 @@ def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bo
     block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, 4))
     constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
     constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
-    return Config(constants, num_warps=PARALLEL)
+    return Config(constants, num_warps=PARALLEL, overlap=not small and cdiv(outputs, block) <= OVERLAPPED)
 
 
 def decode_linear(
@@ -84,15 +89,16 @@ def decode_linear(
     norm_weight, small_weight = (None if t is None else t.contiguous() for t in (norm_weight, small_weight))
     small_outputs = 0 if small_weight is None else small_weight.shape[0]
     add = y is not None
-    if rows <= MOST_ROWS:
+    # float32 would need tensor cores in several passes.
+    narrow = x.dtype != torch.float32
+    if rows <= (FEW_ROWS if narrow else MOST_ROWS):
         small = _small_outputs(x, small_weight)
         config = _row_config(features, outputs, small_outputs, norm, swiglu, add, x.dtype)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + cdiv(small_outputs, config.constants["BP"])
         launch(decode_row_kernel, (rows * programs,), config, x, weight, norm_weight, small_weight, y, small, eps)
         return y, small
-    # float32 would need tensor cores in several passes.
-    tiles = rows <= MOST_TILE_ROWS and x.dtype != torch.float32
+    tiles = rows <= MOST_TILE_ROWS and narrow
     if norm_weight is not None or not tiles and (norm or small_weight is not None):
         x, small = prepare(x, norm_weight, small_weight, norm, eps)
         norm, small_weight, small_outputs = False, None, 0
@@ -166,11 +172,17 @@ def variants() -> Iterator[KernelVariant]:
                 weight = outputs == 32000
                 config = _row_config(width, outputs, small, norm, swiglu, add, dtype)
                 arguments = _arguments(decode_row_kernel, dtype, weight, small > 0)
-                yield variant(label, decode_row_kernel, arguments, config, quick)
+                known = variant(label, decode_row_kernel, arguments, config, quick)
+                yield known
+                if quick:
+                    yield overlapped(known)
                 if dtype != torch.float32:
                     arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
                     config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
-                    yield variant(label, decode_tile_kernel, arguments, config, quick)
+                    known = variant(label, decode_tile_kernel, arguments, config, quick)
+                    yield known
+                    if quick and config.overlap:
+                        yield overlapped(known)
                 if norm:
                     config = Config(_constants(width, small, norm))
                     arguments = _arguments(decode_prepare_kernel, dtype, weight, small > 0)
