@@ -79,13 +79,15 @@ def decode_row_kernel(
 
 
 @helper
-def _prefetch(weight, first, end, ELEMENTS: tl.constexpr):
-    """Bring up to ELEMENTS elements of ``weight``, from ``first`` to before ``end``, into L2; nothing waits for it."""
-    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # of 128 bytes
-    line = tl.minimum(first + tl.arange(0, ELEMENTS // LINE) * LINE, end - 1)
+def _prefetch(weight, first, end):
+    """Bring ``weight`` from element ``first`` to before ``end`` into L2, in whole 16 bytes; nothing waits for it."""
+    begin = (weight + first).to(tl.int64, bitcast=True) & ~15
+    size = ((weight + end).to(tl.int64, bitcast=True) - begin).to(tl.int32) & ~15
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [weight + line], dtype=tl.int32, is_pure=False, pack=1
-    )
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [begin, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @helper
@@ -122,9 +124,9 @@ def decode_tile_kernel(
         if PDL:
             first = block.to(tl.int64) * (BO * F)
             end = tl.minimum(first + BO * F, OUT * F)
-            _prefetch(weight, first, end, BO * BF)
+            _prefetch(weight, first, end)
             if SWIGLU:
-                _prefetch(weight + OUT * F, first, end, BO * BF)
+                _prefetch(weight + OUT * F, first, end)
             after_previous()
         row, output = tl.arange(0, BR), block * BO + tl.arange(0, BO)
         piece = tl.arange(0, PARALLEL)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]

@@ -17,7 +17,9 @@ MOST_ROWS = 4
 """Up to it a program takes one row and whole rows of the weight, in float32."""
 FEW_ROWS = 1
 """The same in 16 bits."""
-MOST_TILE_ROWS = 16
+TILE_ROWS = (16, 32)
+"""Rows that one program of the tile kernel takes: the smaller where all fit into it."""
+MOST_TILE_ROWS = max(TILE_ROWS)
 """Up to it a program takes all rows; above it the matrix product of torch takes over."""
 MOST_FEATURES = 16384
 PROGRAMS = 256
@@ -30,13 +32,19 @@ are faster behind it."""
 PARALLEL = 4
 """Warps of the tile kernel, each with a piece of the features."""
 MEASURED = {
-    (1024, 12288, False): (32, 256, 4),
-    (1024, 1024, False): (16, 256, 5),
-    (1024, 2048, True): (16, 256, 5),
-    (2048, 1024, False): (16, 256, 8),
-    (1024, 32000, False): (32, 256, 4),
+    (16, 1024, 12288, False): (32, 256, 4),
+    (16, 1024, 1024, False): (16, 256, 5),
+    (16, 1024, 2048, True): (16, 256, 5),
+    (16, 2048, 1024, False): (16, 256, 7),
+    (16, 1024, 32000, False): (32, 256, 4),
+    (32, 1024, 12288, False): (32, 256, 3),
+    (32, 1024, 1024, False): (16, 256, 5),
+    (32, 1024, 2048, True): (16, 256, 4),
+    (32, 2048, 1024, False): (16, 256, 5),
+    (32, 1024, 32000, False): (32, 256, 3),
 }
-"""(F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6."""
+"""(BR, F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6 that fit into shared
+memory on every GPU."""
 SWIGLU_BLOCK = 1024
 
 
@@ -58,14 +66,15 @@ def _row_config(
     return Config(constants, num_warps=warps, overlap=True)
 
 
-def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
+def _tile_config(rows: int, features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
     constants = _constants(features, small, norm)
+    block_rows = next(size for size in TILE_ROWS if rows <= size)
     block = 64
     while block > 8 and cdiv(outputs, block) < TILE_PROGRAMS:
         block //= 2
     depth = min(max(next_power_of_2(features), 16 * PARALLEL), 8192 // (block * (1 + swiglu)), 256)
-    block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, 4))
-    constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
+    block, depth, stages = MEASURED.get((block_rows, features, outputs, swiglu), (block, depth, 4))
+    constants |= {"BR": block_rows, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
     constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
     return Config(constants, num_warps=PARALLEL, overlap=not small and cdiv(outputs, block) <= OVERLAPPED)
 
@@ -105,7 +114,7 @@ def decode_linear(
     else:
         small = _small_outputs(x, small_weight)
     if tiles:
-        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
+        config = _tile_config(rows, features, outputs, small_outputs, norm, swiglu, add)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + rows * cdiv(small_outputs, config.constants["BP"])
         launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
@@ -177,15 +186,28 @@ def variants() -> Iterator[KernelVariant]:
                 if quick:
                     yield overlapped(known)
                 if dtype != torch.float32:
-                    arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
-                    config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
-                    known = variant(label, decode_tile_kernel, arguments, config, quick)
-                    yield known
-                    if quick and config.overlap:
-                        yield overlapped(known)
+                    for rows in TILE_ROWS:
+                        yield from _tile_variants(rows, width, outputs, small, norm and not weight, swiglu, add, dtype)
                 if norm:
                     config = Config(_constants(width, small, norm))
                     arguments = _arguments(decode_prepare_kernel, dtype, weight, small > 0)
                     yield variant(label, decode_prepare_kernel, arguments, config, quick and small > 0)
             arguments = _arguments(decode_swiglu_kernel, dtype, False, False)
             yield variant(f"OUT={width} {dtype}", decode_swiglu_kernel, arguments, _swiglu_config(width), width == 1024)
+    for rows, features, outputs, swiglu in MEASURED:
+        if features == 2048 or outputs == 12288:  # the others are among those above
+            small = 44 if outputs == 12288 else 0
+            yield from _tile_variants(rows, features, outputs, small, small > 0, swiglu, not small, torch.bfloat16)
+
+
+def _tile_variants(
+    rows: int, features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool, dtype: torch.dtype
+) -> Iterator[KernelVariant]:
+    config = _tile_config(rows, features, outputs, small, norm, swiglu, add)
+    label = f"rows={rows} F={features} OUT={outputs} {dtype}" + " swiglu" * swiglu + " norm" * norm + " add" * add
+    quick = dtype == torch.bfloat16 and (features == 1024 or outputs == 1024)
+    arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
+    known = variant(label, decode_tile_kernel, arguments, config, quick)
+    yield known
+    if quick and config.overlap:
+        yield overlapped(known)

@@ -204,7 +204,8 @@ def decode_combine_kernel(
         memory, weight, use = _selection(
             logits, indices, weights, valid, token, logits_stride, rank, M, TOPK, BLOCK_M, BLOCK_K
         )
-        mask = mask & (use != 0)
+        if use == 0:
+            return
         kv_row = kv + token * kv_stride + memory * (1 - SINGLE) * (KEYS + VALUES)
         new = tl.load(q + token * q_stride + channel, mask=mask & newest & (channel < KEYS), other=0.0).to(tl.float32)
         new += tl.load(kv_row + channel - KEYS, mask=mask & newest & (channel >= KEYS), other=0.0).to(tl.float32)

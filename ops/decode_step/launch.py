@@ -13,8 +13,10 @@ from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, over
 from ..memory_rule.rules import RULES
 from .kernels import decode_combine_kernel, decode_state_kernel
 
-FEW_STATES, NARROW_BLOCK, WIDE_BLOCK = 64, 16, 64
-"""Up to so many states of one head take narrow tiles, to keep every multiprocessor busy; more take wide ones."""
+BLOCKS = {16: 16, 128: 32}
+"""States of one head, at most -> columns of their tiles, narrow ones where few would leave multiprocessors idle."""
+WIDE_BLOCK = 64
+"""Columns where there are more."""
 COMBINED = 512
 """Values that one program of the second kernel sums, where a head is not larger."""
 
@@ -52,8 +54,8 @@ def _routing_constants(sizes: _Sizes) -> dict[str, Any]:
 
 def _state_config(sizes: _Sizes, states: int) -> Config:
     rule = RULES[sizes.rule]
-    few = isinstance(states, int) and states <= FEW_STATES  # a symbol may be large
-    block = NARROW_BLOCK if few else WIDE_BLOCK
+    known = states if isinstance(states, int) else max(BLOCKS) + 1  # a symbol may be large
+    block = next((columns for most, columns in BLOCKS.items() if known <= most), WIDE_BLOCK)
     constants: dict[str, Any] = {"H": sizes.H, "HV": sizes.HV, "K": sizes.K, "V": sizes.V}
     constants |= _routing_constants(sizes)
     constants |= {
@@ -189,7 +191,7 @@ def variants() -> Iterator[KernelVariant]:
     for dtype in KERNEL_DTYPES:
         for key, value in shapes:
             for rule in RULES:
-                for states in (1, 1024):
+                for states in (1, 64, 1024):
                     sizes = _Sizes(2, 4, key, value, 4, 2, True, False, 4, rule)
                     quick = rule == "gated_delta" and key == 64
                     known = _state_variant(sizes, dtype, torch.float32, "own", states, quick)
