@@ -84,7 +84,7 @@ def _prefetch(weight, first, end):
     begin = (weight + first).to(tl.int64, bitcast=True) & ~15
     size = ((weight + end).to(tl.int64, bitcast=True) - begin).to(tl.int32) & ~15
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $2, 0, p; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r", [begin, size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
