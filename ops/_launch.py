@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,10 @@ from ._kernel_variant import SHARED_MEMORY_KB, KernelVariant
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """What the variants cover; float16 compiles as bfloat16 does."""
+
+OVERLAPS_FROM = 90
+"""Compute capability times ten from which on a kernel may start before the one before it ends (programmatic dependent
+launch, CUDA C++ Programming Guide)."""
 
 _TYPES = {
     torch.float32: "fp32",
@@ -248,8 +252,7 @@ def _device_shared_memory_kb(device: torch.device) -> int:
 
 @cache
 def _overlaps(device: torch.device) -> bool:
-    """Whether the device knows programmatic dependent launch (CUDA C++ Programming Guide): Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= divmod(OVERLAPS_FROM, 10)
 
 
 def options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
@@ -272,6 +275,13 @@ def variant(
     return KernelVariant(
         label, kernel, signature, constants, config.num_warps, config.num_stages, config.registers, quick=quick
     )
+
+
+def overlapped(known: KernelVariant) -> KernelVariant:
+    """``known`` as it is launched on a GPU whose kernels may overlap."""
+    served = tuple(architecture for architecture in SHARED_MEMORY_KB if architecture >= OVERLAPS_FROM)
+    constants = {**known.constants, "PDL": True}
+    return replace(known, label=f"{known.label} overlap", constants=constants, architectures=served)
 
 
 def next_power_of_2(n: int) -> int:

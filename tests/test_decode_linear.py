@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import TOLERANCES, assert_close, cover
+from support import INTERPRET, ON_GPU, TOLERANCES, assert_close, cover
 from torch import Tensor
 
+from mom_compile.ops._launch import Launch, instead_of_launches
 from mom_compile.ops.decode_linear import decode_linear, decode_linear_, decode_linear_reference
 
 
@@ -63,6 +64,35 @@ def test_the_small_product_does_not_depend_on_the_batch() -> None:
     for rows in (1, 5):
         _, part = decode_linear(**{**inputs, "x": inputs["x"][:rows]})
         assert torch.equal(part, whole[:rows])  # type: ignore[arg-type,index]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tiles_at_the_ends_of_float16(dtype: torch.dtype) -> None:
+    """The squares behind the norm leave the range of float16; a row that is not finite stays alone."""
+    inputs = make(4, 64, 50, dtype, "plain")
+    inputs["x"][1] *= 6e4 / inputs["x"][1].abs().max()
+    inputs["x"][2] *= 1e-3
+    expected, expected_small = decode_linear_reference(**inputs)
+    y, small = decode_linear(**inputs)
+    for row in range(4):
+        assert_close(y[row], expected[row], TOLERANCES[dtype], f"row {row}")
+        assert_close(small[row], expected_small[row], TOLERANCES[dtype], f"small, row {row}")  # type: ignore[index]
+    inputs["x"][3] = torch.inf
+    spoiled, spoiled_small = decode_linear(**inputs)
+    assert torch.equal(spoiled[:3], y[:3])
+    assert torch.equal(spoiled_small[:3], small[:3])  # type: ignore[index]
+
+
+@pytest.mark.skipif(ON_GPU or not INTERPRET, reason="looks at launches, which need no GPU")
+def test_launches_that_overlap() -> None:
+    """Those of few programs; not one with the small product, and not one that fills the multiprocessors."""
+    for outputs, small, programs, overlap in [(1024, None, 64, True), (12288, 44, 384 + 5 * 11, False)]:
+        found: list[Launch] = []
+        with instead_of_launches(found.append, 90):
+            x, weight = torch.empty(5, 1024, dtype=torch.bfloat16), torch.empty(outputs, 1024, dtype=torch.bfloat16)
+            decode_linear(x, weight, norm=True, small_weight=None if small is None else torch.empty(small, 1024))
+        assert [(call.grid, call.config.overlap) for call in found] == [((programs,), overlap)]
 
 
 def test_messages() -> None:

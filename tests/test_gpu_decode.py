@@ -36,7 +36,7 @@ def _model(topk: int = 2) -> MoMForCausalLM:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 16, 40])
+@pytest.mark.parametrize("batch", [1, 3, 16, 20, 40])
 def test_fifty_runs_are_bit_equal(batch: int) -> None:
     model = _model().bfloat16()
     ids = torch.randint(0, 1000, (batch, 72))

@@ -123,8 +123,8 @@ def test_whole_numbers_are_not_specialised() -> None:
 def test_decode_takes_narrow_blocks_for_few_states() -> None:
     function = _functions(tiny_config(head_dim=64))["decode_step_gated_delta"]
     state = [entry for entry in entries(function, 90) if entry.name.endswith("decode_state")]
-    assert [entry.variant.constants["BV"] for entry in state] == [16, 64]
-    assert state[0].smallest == 1 and state[1].smallest == state[0].largest + 1
+    assert [entry.variant.constants["BV"] for entry in state] == [16, 32, 64]
+    assert [entry.smallest for entry in state] == [1, *(entry.largest + 1 for entry in state[:-1])]
     combine = [entry for entry in entries(function, 90) if entry.name.endswith("decode_combine")]
     assert len(combine) == 1 and combine[0].largest == function.limit
 

@@ -78,14 +78,38 @@ def decode_row_kernel(
             _small_product(x, norm_weight, small_weight, small, row, block - BLOCKS, eps, F, P, NORM, BF, BP, PDL)
 
 
+@helper
+def _prefetch(weight, first, end):
+    """Bring ``weight`` from element ``first`` to before ``end`` into L2, in whole 16 bytes; nothing waits for it."""
+    begin = (weight + first).to(tl.int64, bitcast=True) & ~15
+    size = ((weight + end).to(tl.int64, bitcast=True) - begin).to(tl.int32) & ~15
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $2, 0, p; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [begin, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@helper
+def _over_warps(total):
+    """The sum over the four warps of a product ``[4, BR, BO]``, one way for all through shared memory.
+
+    A sum over that axis would send one number of each thread after the other, which takes longer than the product.
+    """
+    halves = tl.reshape(tl.permute(total, (1, 2, 0)), (total.shape[1], total.shape[2], 2, 2))
+    left, right = tl.split(halves)
+    left, right = tl.split(left + right)
+    return left + right
+
+
 @triton.jit(do_not_specialize=["rows", "eps"])
 def decode_tile_kernel(
     x, weight, norm_weight, small_weight, y, small, rows, eps,
     F: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
     BF: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
-    PARALLEL: tl.constexpr,
+    PARALLEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """All rows (at most BR) and a block of outputs on tensor cores, or one row and a block of the small product.
+    """All rows (at most BR) and a block of outputs on tensor cores, then one row and a block of the small product.
 
     The BK features of a turn are PARALLEL products, one of each warp: one after the other, they would take longer than
     their weights do to arrive. The norm has no weight here: its factor of a row stands behind the product, and the sums
@@ -93,10 +117,17 @@ def decode_tile_kernel(
     """
     PARTS: tl.constexpr = (P + BP - 1) // BP
     PIECE: tl.constexpr = BK // PARALLEL
-    pid = tl.program_id(0)
-    # The programs of the small product start first: they would be a tail.
-    block = pid - rows * PARTS
-    if block >= 0:
+    BLOCKS: tl.constexpr = (OUT + BO - 1) // BO
+    tl.static_assert(PARALLEL == 4)
+    block = tl.program_id(0)
+    if block < BLOCKS:
+        if PDL:
+            first = block.to(tl.int64) * (BO * F)
+            end = tl.minimum(first + BO * F, OUT * F)
+            _prefetch(weight, first, end)
+            if SWIGLU:
+                _prefetch(weight + OUT * F, first, end)
+            after_previous()
         row, output = tl.arange(0, BR), block * BO + tl.arange(0, BO)
         piece = tl.arange(0, PARALLEL)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
         total = tl.zeros([PARALLEL, BR, BO], tl.float32)
@@ -113,13 +144,13 @@ def decode_tile_kernel(
             if SWIGLU:
                 right = product(value, tl.load(source + OUT * F, mask=mask, other=0.0), right)
             if NORM:
-                value = value.to(tl.bfloat16)  # whose range holds the squares of float16
                 squares = product(value, tl.permute(value, (0, 2, 1)), squares)
-        total = tl.sum(total, 0)
+        total = _over_warps(total)
         if SWIGLU:
-            right = tl.sum(right, 0)
+            right = _over_warps(right)
         if NORM:
-            square = tl.sum(tl.where(row[:, None] == row[None, :], tl.sum(squares, 0), 0.0), 1)
+            diagonal = (row[:, None] == row[None, :])[None, :, :]
+            square = tl.sum(tl.sum(tl.where(diagonal, squares, 0.0), 2), 0)
             factor = 1.0 / tl.sqrt(square / F + eps)
             total *= factor[:, None]
             if SWIGLU:
@@ -133,8 +164,9 @@ def decode_tile_kernel(
         tl.store(y + target, total.to(y.dtype.element_ty), mask=mask)
     else:
         if P > 0:
-            own = (pid // PARTS).to(tl.int64)
-            _small_product(x, norm_weight, small_weight, small, own, pid % PARTS, eps, F, P, NORM, BF, BP, False)
+            part = block - BLOCKS
+            own = (part // PARTS).to(tl.int64)
+            _small_product(x, norm_weight, small_weight, small, own, part % PARTS, eps, F, P, NORM, BF, BP, PDL)
 
 
 @triton.jit(do_not_specialize=["eps"])

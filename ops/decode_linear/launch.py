@@ -9,29 +9,42 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, overlapped, pointer, variant
 from . import cpu
 from .kernels import decode_prepare_kernel, decode_row_kernel, decode_swiglu_kernel, decode_tile_kernel
 
 MOST_ROWS = 4
-"""Up to it a program takes one row and whole rows of the weight."""
-MOST_TILE_ROWS = 16
+"""Up to it a program takes one row and whole rows of the weight, in float32."""
+FEW_ROWS = 1
+"""The same in 16 bits."""
+TILE_ROWS = (16, 32)
+"""Rows that one program of the tile kernel takes: the smaller where all fit into it."""
+MOST_TILE_ROWS = max(TILE_ROWS)
 """Up to it a program takes all rows; above it the matrix product of torch takes over."""
 MOST_FEATURES = 16384
 PROGRAMS = 256
 """What a launch should at least have to keep the multiprocessors of a large GPU busy."""
 TILE_PROGRAMS = 60
 """The same for the tile kernel, whose programs have more in flight."""
+OVERLAPPED = 256
+"""Programs of a launch of tiles that overlaps the kernel before it. More of them, some of which would wait for a place,
+are faster behind it."""
 PARALLEL = 4
 """Warps of the tile kernel, each with a piece of the features."""
 MEASURED = {
-    (1024, 12288, False): (32, 256, 4),
-    (1024, 1024, False): (16, 256, 5),
-    (1024, 2048, True): (16, 256, 5),
-    (2048, 1024, False): (16, 256, 8),
-    (1024, 32000, False): (32, 256, 4),
+    (16, 1024, 12288, False): (32, 256, 4),
+    (16, 1024, 1024, False): (16, 256, 5),
+    (16, 1024, 2048, True): (16, 256, 5),
+    (16, 2048, 1024, False): (16, 256, 7),
+    (16, 1024, 32000, False): (32, 256, 4),
+    (32, 1024, 12288, False): (32, 256, 3),
+    (32, 1024, 1024, False): (16, 256, 5),
+    (32, 1024, 2048, True): (16, 256, 4),
+    (32, 2048, 1024, False): (16, 256, 5),
+    (32, 1024, 32000, False): (32, 256, 3),
 }
-"""(F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6."""
+"""(BR, F, outputs, swiglu) -> (BO, BK, stages), the fastest of a few on an H200 with Triton 3.6 that fit into shared
+memory on every GPU."""
 SWIGLU_BLOCK = 1024
 
 
@@ -53,16 +66,17 @@ def _row_config(
     return Config(constants, num_warps=warps, overlap=True)
 
 
-def _tile_config(features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
+def _tile_config(rows: int, features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool) -> Config:
     constants = _constants(features, small, norm)
+    block_rows = next(size for size in TILE_ROWS if rows <= size)
     block = 64
     while block > 8 and cdiv(outputs, block) < TILE_PROGRAMS:
         block //= 2
     depth = min(max(next_power_of_2(features), 16 * PARALLEL), 8192 // (block * (1 + swiglu)), 256)
-    block, depth, stages = MEASURED.get((features, outputs, swiglu), (block, depth, 4))
-    constants |= {"BR": MOST_TILE_ROWS, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
+    block, depth, stages = MEASURED.get((block_rows, features, outputs, swiglu), (block, depth, 4))
+    constants |= {"BR": block_rows, "BO": block, "BK": depth, "STAGES": stages, "PARALLEL": PARALLEL}
     constants |= {"OUT": outputs, "SWIGLU": swiglu, "ADD": add}
-    return Config(constants, num_warps=PARALLEL)
+    return Config(constants, num_warps=PARALLEL, overlap=not small and cdiv(outputs, block) <= OVERLAPPED)
 
 
 def decode_linear(
@@ -84,22 +98,23 @@ def decode_linear(
     norm_weight, small_weight = (None if t is None else t.contiguous() for t in (norm_weight, small_weight))
     small_outputs = 0 if small_weight is None else small_weight.shape[0]
     add = y is not None
-    if rows <= MOST_ROWS:
+    # float32 would need tensor cores in several passes.
+    narrow = x.dtype != torch.float32
+    if rows <= (FEW_ROWS if narrow else MOST_ROWS):
         small = _small_outputs(x, small_weight)
         config = _row_config(features, outputs, small_outputs, norm, swiglu, add, x.dtype)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + cdiv(small_outputs, config.constants["BP"])
         launch(decode_row_kernel, (rows * programs,), config, x, weight, norm_weight, small_weight, y, small, eps)
         return y, small
-    # float32 would need tensor cores in several passes.
-    tiles = rows <= MOST_TILE_ROWS and x.dtype != torch.float32
+    tiles = rows <= MOST_TILE_ROWS and narrow
     if norm_weight is not None or not tiles and (norm or small_weight is not None):
         x, small = prepare(x, norm_weight, small_weight, norm, eps)
         norm, small_weight, small_outputs = False, None, 0
     else:
         small = _small_outputs(x, small_weight)
     if tiles:
-        config = _tile_config(features, outputs, small_outputs, norm, swiglu, add)
+        config = _tile_config(rows, features, outputs, small_outputs, norm, swiglu, add)
         y = x.new_empty(rows, outputs) if y is None else y
         programs = cdiv(outputs, config.constants["BO"]) + rows * cdiv(small_outputs, config.constants["BP"])
         launch(decode_tile_kernel, (programs,), config, x, weight, None, small_weight, y, small, rows, eps)
@@ -166,14 +181,33 @@ def variants() -> Iterator[KernelVariant]:
                 weight = outputs == 32000
                 config = _row_config(width, outputs, small, norm, swiglu, add, dtype)
                 arguments = _arguments(decode_row_kernel, dtype, weight, small > 0)
-                yield variant(label, decode_row_kernel, arguments, config, quick)
+                known = variant(label, decode_row_kernel, arguments, config, quick)
+                yield known
+                if quick:
+                    yield overlapped(known)
                 if dtype != torch.float32:
-                    arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
-                    config = _tile_config(width, outputs, small, norm and not weight, swiglu, add)
-                    yield variant(label, decode_tile_kernel, arguments, config, quick)
+                    for rows in TILE_ROWS:
+                        yield from _tile_variants(rows, width, outputs, small, norm and not weight, swiglu, add, dtype)
                 if norm:
                     config = Config(_constants(width, small, norm))
                     arguments = _arguments(decode_prepare_kernel, dtype, weight, small > 0)
                     yield variant(label, decode_prepare_kernel, arguments, config, quick and small > 0)
             arguments = _arguments(decode_swiglu_kernel, dtype, False, False)
             yield variant(f"OUT={width} {dtype}", decode_swiglu_kernel, arguments, _swiglu_config(width), width == 1024)
+    for rows, features, outputs, swiglu in MEASURED:
+        if features == 2048 or outputs == 12288:  # the others are among those above
+            small = 44 if outputs == 12288 else 0
+            yield from _tile_variants(rows, features, outputs, small, small > 0, swiglu, not small, torch.bfloat16)
+
+
+def _tile_variants(
+    rows: int, features: int, outputs: int, small: int, norm: bool, swiglu: bool, add: bool, dtype: torch.dtype
+) -> Iterator[KernelVariant]:
+    config = _tile_config(rows, features, outputs, small, norm, swiglu, add)
+    label = f"rows={rows} F={features} OUT={outputs} {dtype}" + " swiglu" * swiglu + " norm" * norm + " add" * add
+    quick = dtype == torch.bfloat16 and (features == 1024 or outputs == 1024)
+    arguments = _arguments(decode_tile_kernel, dtype, False, small > 0)
+    known = variant(label, decode_tile_kernel, arguments, config, quick)
+    yield known
+    if quick and config.overlap:
+        yield overlapped(known)

@@ -171,23 +171,26 @@ def decode_combine_kernel(
     sequence = (pid // PROGRAMS).to(tl.int64)
     part = pid % PROGRAMS
     token = sequence * tokens + t
-    if PDL:
-        after_previous()
+    # The state kernel writes only y and the states: everything else is there before it ends.
     if part < SUMS:
         head, column = part * BH + tl.arange(0, BH), tl.arange(0, BV)
         value = head[:, None] * V + column[None, :]
         mask = (head < HV)[:, None] & (column < V)[None, :]
+        if norm_weight is not None:
+            factor = tl.load(norm_weight + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+            if gate is not None:
+                gating = tl.load(gate + token * gate_stride + value, mask=mask, other=0.0).to(tl.float32)
+                factor = factor * gating * tl.sigmoid(gating)
+        if PDL:
+            after_previous()
         total = tl.zeros([BH, BV], tl.float32)
-        for rank in range(CHOICES):
+        for rank in tl.static_range(CHOICES):
             total += tl.load(y + (sequence * CHOICES + rank) * VALUES + value, mask=mask, other=0.0)
         if norm_weight is not None:
             # Rounded first, as the sum without a norm is.
             total = total.to(o.dtype.element_ty).to(tl.float32)
             total = total * (1.0 / tl.sqrt(tl.sum(total * total, 1) / V + eps))[:, None]
-            total *= tl.load(norm_weight + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
-            if gate is not None:
-                gating = tl.load(gate + token * gate_stride + value, mask=mask, other=0.0).to(tl.float32)
-                total *= gating * tl.sigmoid(gating)
+            total *= factor
         tl.store(o + token * VALUES + value, total.to(o.dtype.element_ty), mask=mask)
         return
     if WIDTH > 0:
@@ -208,6 +211,8 @@ def decode_combine_kernel(
         new += tl.load(kv_row + channel - KEYS, mask=mask & newest & (channel >= KEYS), other=0.0).to(tl.float32)
         window = conv_state + ((sequence * (M + SHARED) + memory) * CHANNELS + first) * (WIDTH - 1) + element
         old = tl.load(window + 1, mask=mask & (tap < WIDTH - 2), other=0.0)
+        if PDL:
+            after_previous()
         # Other threads read what this one overwrites.
         tl.debug_barrier()
         tl.store(window, tl.where(newest, new.to(conv_state.dtype.element_ty), old), mask=mask)

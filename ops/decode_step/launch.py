@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .._kernel_variant import KernelVariant
-from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, pointer, variant
+from .._launch import KERNEL_DTYPES, Config, cdiv, launch, next_power_of_2, overlapped, pointer, variant
 from ..memory_rule.rules import RULES
 from .kernels import decode_combine_kernel, decode_state_kernel
 
-FEW_STATES, NARROW_BLOCK, WIDE_BLOCK = 64, 16, 64
-"""Up to so many states of one head take narrow tiles, to keep every multiprocessor busy, and kernels that overlap;
-more take wide ones and kernels one after the other, which was measured to be as fast."""
+BLOCKS = {16: 16, 128: 32}
+"""States of one head, at most -> columns of their tiles, narrow ones where few would leave multiprocessors idle."""
+WIDE_BLOCK = 64
+"""Columns where there are more."""
 COMBINED = 512
 """Values that one program of the second kernel sums, where a head is not larger."""
 
@@ -53,8 +54,8 @@ def _routing_constants(sizes: _Sizes) -> dict[str, Any]:
 
 def _state_config(sizes: _Sizes, states: int) -> Config:
     rule = RULES[sizes.rule]
-    few = isinstance(states, int) and states <= FEW_STATES  # a symbol may be large
-    block = NARROW_BLOCK if few else WIDE_BLOCK
+    known = states if isinstance(states, int) else max(BLOCKS) + 1  # a symbol may be large
+    block = next((columns for most, columns in BLOCKS.items() if known <= most), WIDE_BLOCK)
     constants: dict[str, Any] = {"H": sizes.H, "HV": sizes.HV, "K": sizes.K, "V": sizes.V}
     constants |= _routing_constants(sizes)
     constants |= {
@@ -65,10 +66,10 @@ def _state_config(sizes: _Sizes, states: int) -> Config:
         "BV": min(next_power_of_2(max(sizes.V, 16)), block),
         "EVICT": "evict_first",  # a state is not read again before the next token
     }
-    return Config(constants, num_warps=4, overlap=states <= FEW_STATES)
+    return Config(constants, num_warps=4, overlap=True)
 
 
-def _combine_config(sizes: _Sizes, states: int) -> Config:
+def _combine_config(sizes: _Sizes) -> Config:
     constants: dict[str, Any] = {"KEYS": sizes.H * sizes.K, "HV": sizes.HV, "V": sizes.V}
     block = next_power_of_2(max(sizes.V, 16))
     heads = min(next_power_of_2(sizes.HV), max(COMBINED // block, 1))
@@ -76,7 +77,7 @@ def _combine_config(sizes: _Sizes, states: int) -> Config:
     elements = 2 * min(next_power_of_2(max(largest, 64)), COMBINED)
     constants |= _routing_constants(sizes) | {"BH": heads, "BV": block}
     constants |= {"ELEMENTS": elements, "MOVED": elements // max(sizes.width - 1, 1)}
-    return Config(constants, num_warps=4, overlap=states <= FEW_STATES)
+    return Config(constants, num_warps=4, overlap=True)
 
 
 def decode_step(
@@ -120,7 +121,7 @@ def decode_step(
     o = q.new_empty(batch, tokens, value_heads, value_dim)
     y = q.new_empty(batch, sizes.choices, value_heads, value_dim, dtype=torch.float32)
     states = batch * sizes.choices * value_heads
-    state_config, combine_config = _state_config(sizes, states), _combine_config(sizes, states)
+    state_config, combine_config = _state_config(sizes, states), _combine_config(sizes)
     state_grid = (states * cdiv(value_dim, state_config.constants["BV"]),)
     programs = cdiv(value_heads, combine_config.constants["BH"])
     if width:
@@ -190,13 +191,19 @@ def variants() -> Iterator[KernelVariant]:
     for dtype in KERNEL_DTYPES:
         for key, value in shapes:
             for rule in RULES:
-                for states in (1, 1024):
+                for states in (1, 64, 1024):
                     sizes = _Sizes(2, 4, key, value, 4, 2, True, False, 4, rule)
                     quick = rule == "gated_delta" and key == 64
-                    yield _state_variant(sizes, dtype, torch.float32, "own", states, quick)
+                    known = _state_variant(sizes, dtype, torch.float32, "own", states, quick)
+                    yield known
+                    if quick:
+                        yield overlapped(known)
             sizes = _Sizes(2, 4, key, value, 4, 2, True, False, 4, "gated_delta")
             yield _state_variant(sizes, dtype, torch.bfloat16, "own", 1024, False)
-            yield _combine_variant(sizes, dtype, "own", key == 64)
+            known = _combine_variant(sizes, dtype, "own", key == 64)
+            yield known
+            if known.quick:
+                yield overlapped(known)
         for routing in ("own", "given", "custom"):
             sizes = _Sizes(4, 4, 64, 64, 8, 3, False, True, 0, "delta")
             yield _state_variant(sizes, dtype, torch.float32, routing, 1, False)
@@ -219,4 +226,4 @@ def _state_variant(
 def _combine_variant(sizes: _Sizes, dtype: torch.dtype, routing: str, quick: bool) -> KernelVariant:
     label = f"K={sizes.K} V={sizes.V} {dtype} {sizes.rule} {routing}"
     arguments = _named(decode_combine_kernel, _arguments(sizes, dtype, torch.float32, routing))
-    return variant(label, decode_combine_kernel, arguments, _combine_config(sizes, 1), quick)
+    return variant(label, decode_combine_kernel, arguments, _combine_config(sizes), quick)
