@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +124,17 @@ def test_a_prefill_is_the_models(rule: str, variant: str, tmp_path: Path, librar
     session = _session(model, tmp_path, library, "prefill")
     for batch, length in ((1, 1), (3, 2), (2, 65), (1, 700)):
         _check(model, session, batch, length)
+
+
+@pytest.mark.parametrize("rule", ["gated_delta", "delta", "mamba2", "linear"])
+def test_the_matrix(rule: str, tmp_path: Path, library: Path) -> None:
+    """Of all targets, as benchmarks/export_matrix.py has it, of one layer each."""
+    sizes = ((1, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 3), (4, 3))
+    for (memories, topk), shared, convolution in itertools.product(sizes, (False, True), (False, True)):
+        changes = {"num_memories": memories, "topk": topk, "shared_mem": shared, "use_short_conv": convolution}
+        model = tiny_model(rule, num_hidden_layers=1, **changes)
+        _check(model, _session(model, tmp_path, library), 3)
+        _check(model, _session(model, tmp_path, library, "prefill"), 2, 70)
 
 
 @pytest.mark.parametrize(
