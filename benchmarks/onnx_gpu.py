@@ -133,7 +133,7 @@ def _measure(runtime: Any, folder: Path, config: MoMConfig, args: argparse.Names
         ours = _median(lambda: model(ids), 10, gpu)
         table.add(what=what, form="PyTorch", batch=1, ms=ours)
     for fixed in (False, True):  # without a fixed length shapes are computed at run time, on the CPU
-        form = f"prefill{' of kernels' if args.form == 'kernels' else ''}{', length fixed' if fixed else ''}"
+        form = f"prefill{_of_kernels(args)}{', length fixed' if fixed else ''}"
         with _told(table, what, form, 1):
             run = runs("prefill", 1, args.prefill, fixed=fixed)
             ms = _median(run.call, 10, gpu)
@@ -172,7 +172,7 @@ def _decode(
     if gpu and names:
         _print_kernels(partial(session.step, token))
     for graph, captured in itertools.product(DECODES[args.form], (False, True) if gpu else (False,)):
-        form = f"{graph}{' of kernels' if args.form == 'kernels' else ''}{', CUDA graph' if captured else ''}"
+        form = f"{graph}{_of_kernels(args)}{', CUDA graph' if captured else ''}"
         with _told(table, "decode", form, batch):  # a provider that lacks something is an answer
             run = runs(graph, batch, 1, captured)
             run.call()
@@ -283,6 +283,11 @@ def _placement(run: _Run, layers: int) -> str:
     bad = {name: n // 2 for name, n in found.items() if name.split()[0] in NEVER or "CPU" in name}
     copies = sum(n for name, n in bad.items() if name.startswith("Memcpy"))
     return f"{count} nodes, {count / layers:.1f} a layer; Memcpy {copies}; on the CPU or copied: {bad or 'nothing'}"
+
+
+def _of_kernels(args: argparse.Namespace) -> str:
+    """What the name of a form says of the artifact."""
+    return " of kernels" if args.form == "kernels" else ""
 
 
 def _print_kernels(call: Callable[[], Any]) -> None:

@@ -26,7 +26,8 @@ from ..ops.memory_rule import launch as memory_rule
 from ..ops.memory_rule.rules import RULES
 from ..ops.permute import launch as permute
 from ..ops.route import launch as route
-from .kernel_function import Dtypes, Function, Inputs, groups
+from .decode_functions import small_parts
+from .kernel_function import Dtypes, Function, Inputs
 from .launch_formula import Units
 from .prefill_gates import gate_rows
 
@@ -87,7 +88,7 @@ def prefill_functions(config: MoMConfig, dtypes: Dtypes) -> Iterator[Function]:
     yield function("conv_qkv", "mom::conv_qkv", PLAN, _conv_qkv)
     for rule in dict.fromkeys(config.rule(layer) for layer in range(config.num_hidden_layers)):
         kind = RULES[rule]
-        if small := _small_outputs(config, rule):
+        if small := _gate_outputs(config, rule):
             name = f"prefill_small_{rule}"
             yield function(name, "mom::decode_linear", tokens, _prepare, small, False)
         if kind.delta or kind.gate != "none":
@@ -100,9 +101,9 @@ def prefill_functions(config: MoMConfig, dtypes: Dtypes) -> Iterator[Function]:
         yield function("prefill_output", "mom::decode_linear", rows, _output_norm)
 
 
-def _small_outputs(config: MoMConfig, rule: str) -> int:
-    kind = RULES[rule]
-    return (int(kind.delta) + int(kind.gate == "scalar")) * groups(config) * config.value_heads
+def _gate_outputs(config: MoMConfig, rule: str) -> int:
+    """Of the small products those that the router does not have."""
+    return sum(count for name, count in small_parts(config, rule).items() if name != "logits")
 
 
 def _routing(config: MoMConfig, units: Units, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -208,7 +209,7 @@ def _conv_qkv(config: MoMConfig, dtypes: Dtypes, units: Units, device: torch.dev
 
 def _gate_rows(config: MoMConfig, dtypes: Dtypes, rule: str, units: Units, device: torch.device) -> tuple[Tensor, ...]:
     new, plan, kind = Inputs(dtypes, device), _plan(config, units, device), RULES[rule]
-    scalar, heads, small = kind.gate == "scalar", config.value_heads, _small_outputs(config, rule)
+    scalar, heads, small = kind.gate == "scalar", config.value_heads, _gate_outputs(config, rule)
     v = new(units[1] * CHUNK, heads, config.value_dim)
     result = gate_rows(
         config,
