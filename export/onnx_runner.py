@@ -126,9 +126,7 @@ class OnnxRunner(Runner):
 
     def _create_session(self, name: str, options: Any, providers: Sequence[Any]) -> Any:
         if name in FUSED_GRAPHS.values():
-            if reason := CPU_OPERATORS.missing(self.folder):
-                raise ImportError(reason)
-            options.register_custom_ops_library(str(self.folder / CPU_OPERATORS.file))
+            self._register_operators(options)
         if self._kernels is not None:
             if reason := self.why_not():
                 raise ImportError(reason)
@@ -136,6 +134,17 @@ class OnnxRunner(Runner):
             for weight, value in self._common_weights().items():
                 options.add_initializer(weight, value)
         return self._runtime.InferenceSession(self._graph_file(name), options, providers=providers)
+
+    def _register_operators(self, options: Any) -> None:
+        if reason := CPU_OPERATORS.missing(self.folder):
+            raise ImportError(reason)
+        try:
+            options.register_custom_ops_library(str(self.folder / CPU_OPERATORS.file))
+        except Exception as error:  # of another system, or for a newer onnxruntime
+            raise ImportError(
+                f"{self.folder / CPU_OPERATORS.file} must load here, got {str(error).splitlines()[0][:300]}; in its folder "
+                f"run: {' '.join(CPU_OPERATORS.command())}, or load with fused=False"
+            ) from error
 
     def _common_weights(self) -> dict[str, Any]:
         """The weights that several graphs have, on the device: the sessions share them. numpy has no bfloat16 that

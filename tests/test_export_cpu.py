@@ -324,6 +324,19 @@ def test_without_the_library(small_artifact: tuple[MoMForCausalLM, Path], tmp_pa
     assert report.passed and "fused layers, not run on this machine" in str(report)
 
 
+def test_a_library_of_another_system(small_artifact: tuple[MoMForCausalLM, Path], tmp_path: Path) -> None:
+    _, source = small_artifact
+    folder = tmp_path / "folder"
+    shutil.copytree(source, folder)
+    (folder / CPU_OPERATORS.file).write_bytes(b"not a library")
+    write_manifest(folder, {name: value for name, value in read_manifest(source).items() if name != "files"})
+    with pytest.raises(
+        ImportError, match=r"must load here, got .*; in its folder run: g\+\+ .*, or load with fused=False"
+    ):
+        export.load(folder)(tokens(1, 3))
+    export.load(folder, fused=False)(tokens(1, 3))
+
+
 def test_artifacts_that_have_none(tmp_path: Path) -> None:
     """Below float32; the error says which have it."""
     fused = set(FUSED_GRAPHS.values())
