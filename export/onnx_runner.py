@@ -138,12 +138,13 @@ class OnnxRunner(Runner):
     def _register_operators(self, options: Any) -> None:
         if reason := CPU_OPERATORS.missing(self.folder):
             raise ImportError(reason)
+        library = self.folder / CPU_OPERATORS.file
         try:
-            options.register_custom_ops_library(str(self.folder / CPU_OPERATORS.file))
+            options.register_custom_ops_library(str(library))
         except Exception as error:  # of another system, or for a newer onnxruntime
             raise ImportError(
-                f"{self.folder / CPU_OPERATORS.file} must load here, got {str(error).splitlines()[0][:300]}; in its folder "
-                f"run: {' '.join(CPU_OPERATORS.command())}, or load with fused=False"
+                f"{library} must load here, got {str(error).splitlines()[0][:300]}; in its folder run: "
+                f"{' '.join(CPU_OPERATORS.command())}, or load with fused=False"
             ) from error
 
     def _common_weights(self) -> dict[str, Any]:
