@@ -43,9 +43,10 @@ def to_kernels(
 
     The folder holds, per architecture, a cubin and the PTX of each kernel of decode and of prefill, which need nothing
     else but plain matrix products; ``mom_kernels.h``, a C header with the order of a prefill and the launch table:
-    symbol, grid formula, threads, shared memory, arguments in order with types and sizes, constants; ``mom_launch.h``
-    and ``mom_launch.cpp``, a launcher on the CUDA driver API; ``mom_plugin.cpp``, the decode step as a TensorRT plugin;
-    and ``manifest.json``. Grid and sizes are formulas in the batch, or in tokens, sequences and chunks.
+    symbol, grid formula, threads, shared memory, whether it may overlap the kernel before it, arguments in order with
+    types and sizes, constants; ``mom_launch.h`` and ``mom_launch.cpp``, a launcher on the CUDA driver API;
+    ``mom_plugin.cpp``, the decode step as a TensorRT plugin; and ``manifest.json``. Grid and sizes are formulas in the
+    batch, or in tokens, sequences and chunks.
 
     Args:
         model: its sizes, rules and dtype (float32, bfloat16 or float16) are compiled in; its weights are not written.
@@ -145,6 +146,7 @@ def _describe(function: Function, kernels: Iterable[tuple[Entry, Binary, str]]) 
                 "grid": [axis.text(function.units) for axis in entry.grid],
                 "threads": 32 * entry.variant.num_warps,
                 "shared_bytes": binary.shared,
+                "overlap": entry.overlap,
                 "registers": binary.registers,
                 "spilled_bytes": binary.spills,
                 "arguments": [_describe_argument(argument, function.units) for argument in entry.arguments],
@@ -176,7 +178,8 @@ def header(config: MoMConfig, listed: Sequence[Function], kernels: Sequence[tupl
             f'    {{"{entry.name}", "{binary.symbol}", "{stem}.cubin", "{stem}.ptx",\n'
             f'     "{constants}",\n'
             f"     {binary.architecture}, {entry.smallest}, {entry.largest}, {{{grid}}}, "
-            f"{32 * entry.variant.num_warps}, {binary.shared}, {len(entry.arguments)}, {binary.hidden}, {name}}},\n"
+            f"{32 * entry.variant.num_warps}, {binary.shared}, {int(entry.overlap)}, "
+            f"{len(entry.arguments)}, {binary.hidden}, {name}}},\n"
         )
     arguments = "".join(f"static const mom_argument {name}[] = {{\n{body}}};\n" for body, name in lists.items())
     names = "".join(f"    {_c_function(one)},\n" for one in listed)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops._kernel_variant import KernelVariant
-from ..ops._launch import Launch, instead_of_launches, pointer
+from ..ops._launch import OVERLAPS_FROM, Launch, instead_of_launches, pointer
 from .kernel_functions import Function
 from .launch_formula import Formula, Units, fit
 
@@ -50,6 +50,11 @@ class Entry:
     grid: tuple[Formula, Formula, Formula]
     arguments: tuple[Argument, ...]
 
+    @property
+    def overlap(self) -> bool:
+        """Whether it may begin before the kernel ahead of it ends, for which it waits by itself."""
+        return bool(self.variant.constants.get("PDL"))
+
 
 def record(function: Function, architecture: int, units: Units) -> list[Launch]:
     """The launches of a function at one size, on tensors of the meta device."""
@@ -84,7 +89,7 @@ def entries(function: Function, architecture: int) -> list[Entry]:
             calls = {units: launches[position] for units, launches in chosen.items()}
             for another in calls.values():
                 assert _configuration([another]) == _configuration([call]), f"{function.name} has no one configuration"
-            found.append((position, _entry(function, smallest, largest, calls)))
+            found.append((position, _entry(function, architecture, smallest, largest, calls)))
     # By launch, not by range: merged entries then still lie in the order of the launches at every size.
     return _merged([entry for _, entry in sorted(found, key=lambda item: item[0])])
 
@@ -134,18 +139,16 @@ def _type(value: Any) -> str | None:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _entry(function: Function, smallest: int, largest: int, calls: Mapping[Units, Launch]) -> Entry:
+def _entry(function: Function, architecture: int, smallest: int, largest: int, calls: Mapping[Units, Launch]) -> Entry:
     call = next(iter(calls.values()))
     names = call.kernel.arg_names[: len(call.args)]
     types = {name: _type(value) for name, value in zip(names, call.args, strict=True)}
     signature = {name: kind for name, kind in types.items() if kind is not None}
-    constants = {
-        **{name: None for name, kind in types.items() if kind is None},
-        **call.config.all_constants(overlap=False),
-    }
+    config = call.config
+    overlap = bool(config.overlap) and architecture >= OVERLAPS_FROM
+    constants = {**{name: None for name, kind in types.items() if kind is None}, **config.all_constants(overlap)}
     kernel = call.kernel.fn.__name__.removesuffix("_kernel")
     label = f"{function.name}.{kernel}"
-    config = call.config
     variant = KernelVariant(
         label, call.kernel, signature, constants, config.num_warps, config.num_stages, config.registers
     )

@@ -176,14 +176,15 @@ def _run(folder: Path, library: Path, driver: Path, name: str, batch: int, lengt
     return done, log.read_text().splitlines() if log.exists() else []
 
 
-def _expected(calls: list[tuple[str, tuple[int, int, int]]]) -> list[str]:
+def _expected(calls: list[tuple[str, tuple[int, int, int]]], overlap: bool = True) -> list[str]:
     config = tiny_model().config
     known = {function.name: function for function in functions(config, Dtypes(torch.float32, torch.float32))}
     lines = []
     for name, units in calls:
         for call in record(known[name], 90, units):
             grid = " ".join(map(str, (*call.grid, 1, 1)[:3]))
-            lines.append(f"{call.kernel.fn.__name__} {grid} {32 * call.config.num_warps}")
+            more = " overlap" * (overlap and bool(call.config.overlap))
+            lines.append(f"{call.kernel.fn.__name__} {grid} {32 * call.config.num_warps}{more}")
     return lines
 
 
@@ -192,6 +193,25 @@ def test_a_token_launches_what_it_must(folder: Path, library: Path, driver: Path
     """Of six sequences, where the products take four at a time; states are copied where they have two buffers."""
     done, log = _run(folder, library, driver, "decode", 6, 1, aliased)
     assert done.returncode == 0, done.stderr
+    expected = _expected(_calls_of_a_token())
+    assert [line for line in log if not line.startswith("copy")] == expected
+    assert len([line for line in expected if line.endswith("overlap")]) == len(expected) - 1  # all but the last norm
+    config = tiny_model().config
+    heads = 6 * config.total_memories * config.value_heads * config.head_dim * config.value_dim * 4
+    windows = 6 * config.total_memories * config.conv_channels * (config.conv_size - 1) * 4
+    copies = [] if aliased else 2 * [f"copy {heads}", f"copy {windows}"]
+    assert [line for line in log if line.startswith("copy")] == copies
+
+
+def test_a_driver_that_knows_no_overlap(folder: Path, library: Path, tmp_path: Path) -> None:
+    _build(SOURCES / "stand_in_cuda.cpp", tmp_path / "libcuda.so.1", "-DOLD_DRIVER")
+    done, log = _run(folder, library, tmp_path, "decode", 6, 1, True)
+    assert done.returncode == 0, done.stderr
+    assert log == _expected(_calls_of_a_token(), overlap=False)
+
+
+def _calls_of_a_token() -> list[tuple[str, tuple[int, int, int]]]:
+    """Of six sequences."""
     names = ["input", "step", "output", "mlp_in", "mlp_out"]
     calls: list[tuple[str, tuple[int, int, int]]] = []
     for name in [*names * 2, "norm", "head"]:
@@ -201,12 +221,7 @@ def test_a_token_launches_what_it_must(folder: Path, library: Path, driver: Path
             calls.append(("decode_step_gated_delta", (6, 0, 0)))
         else:
             calls += [(f"decode_{name}_gated_delta", (size, 0, 0)) for size in (4, 2)]
-    assert [line for line in log if not line.startswith("copy")] == _expected(calls)
-    config = tiny_model().config
-    heads = 6 * config.total_memories * config.value_heads * config.head_dim * config.value_dim * 4
-    windows = 6 * config.total_memories * config.conv_channels * (config.conv_size - 1) * 4
-    copies = [] if aliased else 2 * [f"copy {heads}", f"copy {windows}"]
-    assert [line for line in log if line.startswith("copy")] == copies
+    return calls
 
 
 def test_a_prefill_launches_what_it_must(folder: Path, library: Path, driver: Path) -> None:

@@ -70,6 +70,8 @@ def test_the_table_is_that_of_the_binaries(pack: Path) -> None:
             assert f".entry {kernel['symbol']}(" in text
             assert int(re.findall(r"\.reqntid (\d+)", text)[0]) == kernel["threads"]
             assert f"sm_{kernel['architecture']}" in re.findall(r"\.target (\w+)", text)[0]
+            # A kernel waits for the one before it where the launcher lets it begin before that ends, and nowhere else.
+            assert ("griddepcontrol.wait" in text) == kernel["overlap"]
             entry = re.search(r"\.entry [^(]*\(([^)]*)\)", text)
             assert entry is not None
             parameters = re.findall(r"\.param \.(\w+)", entry[1])
@@ -129,6 +131,18 @@ def test_decode_takes_narrow_blocks_for_few_states() -> None:
     assert len(combine) == 1 and combine[0].largest == function.limit
 
 
+def test_kernels_of_decode_overlap_from_90_on() -> None:
+    whole = {name: one for name, one in _functions(tiny_config(head_dim=64)).items() if name.startswith("decode")}
+    for function in whole.values():
+        for architecture in (89, 90, 120):
+            for entry in entries(function, architecture):
+                calls = record(function, architecture, (entry.smallest, 0, 0))
+                (asked,) = (call.config.overlap for call in calls if call.kernel is entry.variant.kernel)
+                assert entry.overlap == (bool(asked) and architecture >= 90), f"{entry.name} on {architecture}"
+                if function.name.startswith("decode_step"):
+                    assert entry.overlap == (architecture >= 90)
+
+
 def test_formulas() -> None:
     assert Formula(1, (64, 2, 0))((3, 5, 0)) == 203
     assert Formula(0, (64, 0, 0)).text(["chunks"]) == "64 * chunks" and Formula(7).text(["n"]) == 7
@@ -180,7 +194,7 @@ def test_formulas_are_the_same_in_c(pack: Path, tmp_path: Path) -> None:
         f"    const uint32_t units[3] = {{{', '.join(map(str, sizes))}}};\n"
         "    for (uint32_t i = 0; i < mom_kernel_count; ++i) {\n"
         "        const mom_kernel *k = &mom_kernels[i];\n"
-        '        std::printf("%s %u", k->name, k->smallest);\n'
+        '        std::printf("%s %u %u", k->name, k->smallest, k->overlap);\n'
         '        for (int axis = 0; axis < 3; ++axis) std::printf(" %u", mom_programs(k, axis, units));\n'
         "        for (uint32_t j = 0; j < k->num_arguments; ++j)\n"
         '            std::printf(" %lld", static_cast<long long>(mom_amount(&k->arguments[j], units)));\n'
@@ -194,7 +208,8 @@ def test_formulas_are_the_same_in_c(pack: Path, tmp_path: Path) -> None:
     for function in _functions(tiny_config()).values():
         for entry in entries(function, 90):
             amounts = [_amount(argument, sizes) for argument in entry.arguments]
-            expected.append(" ".join(map(str, [entry.name, entry.smallest, *(f(sizes) for f in entry.grid), *amounts])))
+            row = [entry.name, entry.smallest, int(entry.overlap), *(f(sizes) for f in entry.grid), *amounts]
+            expected.append(" ".join(map(str, row)))
     assert done.stdout.splitlines() == expected
 
 

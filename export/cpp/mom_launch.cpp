@@ -22,6 +22,23 @@ int fail(const std::string &text) {
 }
 
 /* The part of the driver API that is used; its ABI is stable, so that no CUDA header is needed. */
+struct LaunchAttribute { /* CUlaunchAttribute */
+    uint32_t id = 0, padding = 0;
+    union {
+        char bytes[64];
+        int allowed;
+    } value{};
+};
+
+struct LaunchConfig { /* CUlaunchConfig */
+    uint32_t grid[3], block[3], shared_bytes;
+    void *stream;
+    const LaunchAttribute *attributes;
+    uint32_t num_attributes;
+};
+
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "must be those of the driver");
+
 struct Driver {
     int (*init)(unsigned) = nullptr;
     int (*get_error)(int, const char **) = nullptr;
@@ -36,6 +53,7 @@ struct Driver {
     int (*set_function)(void *, int, int) = nullptr;
     int (*launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                   void **) = nullptr;
+    int (*launch_with)(const LaunchConfig *, void *, void **, void **) = nullptr; /* CUDA 11.8 and later */
     int (*copy)(uint64_t, uint64_t, size_t, void *) = nullptr;
     std::string missing;
 
@@ -58,6 +76,7 @@ struct Driver {
         find(library, "cuFuncSetAttribute", set_function);
         find(library, "cuLaunchKernel", launch);
         find(library, "cuMemcpyDtoDAsync_v2", copy);
+        launch_with = reinterpret_cast<decltype(launch_with)>(dlsym(library, "cuLaunchKernelEx"));
         if (missing.empty() && init(0)) missing = "the NVIDIA driver could not be initialised; is there a GPU?";
     }
 
@@ -84,6 +103,7 @@ const Driver *driver() {
 }
 
 constexpr int kMaxDynamicShared = 8, kMajor = 75, kMinor = 76; /* CUfunction_attribute and CUdevice_attribute */
+constexpr uint32_t kOverlap = 6; /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION */
 constexpr uint32_t kDefaultShared = 48 * 1024;
 
 bool read_file(const std::string &path, std::string &bytes) {
@@ -285,8 +305,17 @@ int mom_launch(mom_pack *pack, const mom_kernel *kernel, const uint32_t units[3]
     const uint32_t x = mom_programs(kernel, 0, units), y = mom_programs(kernel, 1, units);
     const uint32_t z = mom_programs(kernel, 2, units);
     if (!x || !y || !z) return 0;
-    const int code = cuda->launch(loaded.function, x, y, z, kernel->threads, 1, 1, kernel->shared_bytes, stream,
-                                  arguments.data(), nullptr);
+    int code = 0;
+    if (kernel->overlap && cuda->launch_with) {
+        LaunchAttribute overlap;
+        overlap.id = kOverlap;
+        overlap.value.allowed = 1;
+        const LaunchConfig config{{x, y, z}, {kernel->threads, 1, 1}, kernel->shared_bytes, stream, &overlap, 1};
+        code = cuda->launch_with(&config, loaded.function, arguments.data(), nullptr);
+    } else {
+        code = cuda->launch(loaded.function, x, y, z, kernel->threads, 1, 1, kernel->shared_bytes, stream,
+                            arguments.data(), nullptr);
+    }
     return code ? fail(std::string(kernel->name) + ": " + cuda->text(code)) : 0;
 }
 

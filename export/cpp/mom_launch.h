@@ -33,6 +33,10 @@ typedef struct {
     float real;          /* the value of a float */
 } mom_argument;
 
+/* A kernel with overlap may begin before the one ahead of it on its stream ends (programmatic dependent launch) and waits
+ * for that one by itself (griddepcontrol.wait); launched in the ordinary way it gives the same, later. Until it has waited
+ * it reads weights, which nothing directly ahead of it may write, and decode_combine all its inputs but y, the only one
+ * that decode_state writes: that kernel stands directly ahead of it, as mom_run launches them. */
 typedef struct {
     const char *name;      /* function.kernel */
     const char *symbol;    /* entry point in the file */
@@ -42,6 +46,7 @@ typedef struct {
     uint32_t smallest, largest; /* range of units[0] */
     mom_formula grid[3];
     uint32_t threads, shared_bytes;
+    uint32_t overlap; /* 1: launch it with CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, from 90 on; else 0 */
     uint32_t num_arguments, num_hidden; /* hidden: pointers after the arguments, zero */
     const mom_argument *arguments;
 } mom_kernel;
