@@ -52,7 +52,7 @@ class _Graph:
         ids = self.value("input_ids", ["batch", self.length], ir.DataType.INT64)
         past, present = (
             [
-                {name: self.value(f"{prefix}.{layer}.{name}", shape) for name, shape in _states(config).items()}
+                {name: self.value(f"{prefix}.{layer}.{name}", shape) for name, shape in graph_states(config).items()}
                 for layer in range(config.num_hidden_layers)
             ]
             for prefix in ("past_key_values", "present")
@@ -204,7 +204,7 @@ class _PrefillGraph(_Graph):
         return self.node("", "MatMul", [x, weight])[0]
 
 
-def _states(config: MoMConfig) -> dict[str, list[int | str]]:
+def graph_states(config: MoMConfig) -> dict[str, list[int | str]]:
     """A layer's states with memories and heads (channels) in one axis."""
     return {name: ["batch", shape[1] * shape[2], *shape[3:]] for name, shape in layer_shapes(config, 1).items()}
 

@@ -17,7 +17,7 @@ from ..model import MoMForCausalLM
 from ..ops._launch import pointer
 from ..ops.memory_rule.rules import RULES
 from ..projections import retention_gate
-from ..state import layer_shapes
+from .cpu_graphs import graph_states
 from .decode_functions import SMALL_ALIGNMENT, small_parts
 from .kernel_function import Dtypes, groups
 from .kernel_functions import functions
@@ -290,7 +290,7 @@ class _Graph:
             for layer in range(config.num_hidden_layers):
                 self.input(f"router_indices.{layer}", "INT64", ["batch", length, config.topk])
         for layer in range(config.num_hidden_layers):
-            for name, shape in self._states():
+            for name, shape in graph_states(config).items():
                 self.input(f"past_key_values.{layer}.{name}", "FLOAT", shape)
         x = self.node("Gather", [self.weight("embeddings"), ids])
         if not self.decodes:
@@ -314,7 +314,7 @@ class _Graph:
         logits = self.node("Reshape", [logits, sizes], ir.DataType.FLOAT)
         self._output("logits", logits, ["batch", length, config.vocab_size])
         for layer in range(config.num_hidden_layers):
-            for name, shape in self._states():
+            for name, shape in graph_states(config).items():
                 present = f"present.{layer}.{name}"
                 self._output(present, self._outputs[present], shape)
         ordered = [self._outputs[name] for name in ("logits", *self._presents())]
@@ -334,12 +334,8 @@ class _Graph:
 
     def _presents(self) -> Iterator[str]:
         for layer in range(self.config.num_hidden_layers):
-            for name, _ in self._states():
+            for name in graph_states(self.config):
                 yield f"present.{layer}.{name}"
-
-    def _states(self) -> list[tuple[str, list[int | str]]]:
-        shapes = layer_shapes(self.config, 1)
-        return [(name, ["batch", shape[1] * shape[2], *shape[3:]]) for name, shape in shapes.items()]
 
     def _float32(self, value: Any) -> Any:
         """A value of the model's dtype in float32."""

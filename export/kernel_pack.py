@@ -6,7 +6,6 @@ import os
 import platform
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .kernel_function import Dtypes, Function
 from .kernel_functions import functions
 from .kernel_table import Argument, Entry, entries
 from .launch_formula import Formula
+from .operator_library import copy_sources
 from .prefill_functions import ORDER
 from .writing import package_versions, schemas_sha256
 
@@ -98,8 +98,7 @@ def write_pack(
         for function in listed:
             kernels += _compile(folder, function, architecture)
     (folder / HEADER).write_text(header(config, listed, kernels), encoding="utf-8")
-    for name in sources:
-        (folder / name).write_bytes(resources.files(__package__ or "").joinpath("cpp", name).read_bytes())
+    copy_sources(sources, folder)
     return {function.name: _describe(function, kernels) for function in listed}
 
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -67,13 +68,14 @@ CPU_OPERATORS = OperatorLibrary("libmom_cpu", ("mom_cpu.cpp",), ("-O3", "-fopenm
 
 def add_cpu_operators(folder: Path) -> None:
     """Put CPU_OPERATORS into a folder: the source and, where it can be built, the library."""
-    _write_source(folder)
+    copy_sources(CPU_OPERATORS.sources, folder)
     if (built := _built_cpu_operators(os.environ.get("ONNXRUNTIME_INCLUDE"))) is not None:
         (folder / CPU_OPERATORS.file).write_bytes(built)
 
 
-def _write_source(folder: Path) -> None:
-    for name in CPU_OPERATORS.sources:
+def copy_sources(names: Iterable[str], folder: Path) -> None:
+    """Put files of ``cpp/`` into a folder."""
+    for name in names:
         (folder / name).write_bytes(resources.files(__package__ or "").joinpath("cpp", name).read_bytes())
 
 
@@ -81,6 +83,6 @@ def _write_source(folder: Path) -> None:
 def _built_cpu_operators(include: str | None) -> bytes | None:
     """The library, which is the same for every model; built anew for other headers."""
     with tempfile.TemporaryDirectory() as folder:
-        _write_source(Path(folder))
+        copy_sources(CPU_OPERATORS.sources, Path(folder))
         library = CPU_OPERATORS.build(Path(folder))
         return None if library is None else library.read_bytes()

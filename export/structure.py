@@ -9,6 +9,7 @@ from typing import Any
 
 from .._extras import require
 from ..config import MoMConfig
+from .onnx_runner import FUSED_GRAPHS
 from .stored_state import state_dtype_of
 
 ENGINE_PAGE = (256, 1, 8)  # block size, heads and head size of the layer that GenAI's engine wants beside ours
@@ -20,8 +21,6 @@ ENGINE_INPUTS = {
 STANDARD_DOMAINS = ("", "ai.onnx")
 OWN_DOMAIN = "mom"
 """Of the operators of ``cpp/mom_onnx.cpp`` and ``cpp/mom_cpu.cpp``."""
-OWN_GRAPHS = ("prefill_cpu", "decode_cpu")
-"""Those that hold them beside graphs that do not."""
 TARGET_DOMAINS = {
     "portable": STANDARD_DOMAINS,
     "triton-server": STANDARD_DOMAINS,
@@ -128,7 +127,9 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
     config = MoMConfig.from_dict(manifest["config"])
     shapes = {entry["name"]: tuple(entry["shape"]) for entry in manifest["state"]}
     for name, file in manifest["graphs"].items():
-        allowed = (*TARGET_DOMAINS[manifest["target"]], *(OWN_DOMAIN for graph in OWN_GRAPHS if graph == name))
+        allowed = TARGET_DOMAINS[manifest["target"]]
+        if name in FUSED_GRAPHS.values():
+            allowed = (*allowed, OWN_DOMAIN)
         path = folder / file
         try:
             onnx.checker.check_model(str(path), full_check=True)

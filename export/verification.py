@@ -248,11 +248,10 @@ def _compare(
 
 
 def _against_model(runner: Runner, model: MoMForCausalLM, tolerance: float) -> list[Check]:
-    return [
-        *(check for way in runner.prefill_ways().items() for check in prefill_checks(way[1], model, tolerance, way[0])),
-        *_decode(runner, model, tolerance),
-        _greedy(runner, model, tolerance),
-    ]
+    checks = []
+    for way, its_runner in runner.prefill_ways().items():
+        checks += prefill_checks(its_runner, model, tolerance, way)
+    return [*checks, *_decode(runner, model, tolerance), _greedy(runner, model, tolerance)]
 
 
 def prefill_checks(runner: Runner, model: MoMForCausalLM, tolerance: float, way: str = "") -> list[Check]:

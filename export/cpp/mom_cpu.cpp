@@ -304,14 +304,13 @@ void run_all(const Ort::KernelContext &context, const Products &products) {
 
 // [B][n] in one piece, and pointers to its rows.
 struct Rows {
-    Rows(int64_t batch, int64_t n) : size(n), values(index(batch * n)) {
+    Rows(int64_t batch, int64_t n) : values(index(batch * n)) {
         for (int64_t b = 0; b < batch; ++b) write.push_back(values.data() + b * n);
         read.assign(write.begin(), write.end());
     }
     Rows(const Rows &) = delete;
     float *operator[](int64_t b) { return write[index(b)]; }
 
-    int64_t size;
     std::vector<float> values;
     std::vector<float *> write;
     std::vector<const float *> read;
